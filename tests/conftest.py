@@ -1,0 +1,9 @@
+"""Makes the scripts importable and keeps every test on one torch thread."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+torch.set_num_threads(1)
