@@ -126,11 +126,8 @@ def check_args(args):
     for names, holds, rule in (
         ("total_timesteps num_envs num_steps update_epochs hidden_size", lambda x: x >= 1, "at least 1"),
         ("checkpoint_interval eval_episodes", lambda x: x >= 1, "at least 1"),
-        (
-            "learning_rate desired_kl max_grad_norm clip_coef target_kl",
-            lambda x: 0 < x < math.inf,
-            "positive and finite",
-        ),
+        ("learning_rate desired_kl max_grad_norm", lambda x: 0 < x < math.inf, "positive and finite"),
+        ("clip_coef target_kl", lambda x: 0 < x < math.inf, "positive and finite"),
         ("value_coef ent_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "within [0, 1]"),
         ("seed", lambda x: 0 <= x < 2**31, "within [0, 2^31)"),
@@ -209,14 +206,12 @@ class RunningNormalizer(nn.Module):
 
 
 def mlp(inputs, outputs, args, output_gain):
-    """Two hidden layers and a linear output; without output, the two hidden layers. Orthogonal weights, zero biases."""
+    """Two hidden layers and a linear output, with orthogonal weights and zero biases."""
     activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}[args.activation]
-    sizes = [inputs, args.hidden_size, args.hidden_size]
-    layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), activation())]
-    layers += [nn.Linear(args.hidden_size, outputs)] if outputs else []
-    linear = [m for m in layers if isinstance(m, nn.Linear)]
-    for layer in linear:
-        nn.init.orthogonal_(layer.weight, output_gain if outputs and layer is linear[-1] else math.sqrt(2))
+    size = args.hidden_size
+    layers = [nn.Linear(inputs, size), activation(), nn.Linear(size, size), activation(), nn.Linear(size, outputs)]
+    for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), output_gain)):
+        nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
@@ -231,17 +226,14 @@ class Agent(nn.Module):
         self.norm_obs = args.norm_obs
         self.policy = mlp(obs_size, action_size, args, output_gain=0.01)
         self.log_std = nn.Parameter(torch.full((action_size,), args.log_std_init))
-        self.critic = mlp(obs_size, None, args, output_gain=1.0)
-        self.value_head = nn.Linear(args.hidden_size, 1)
-        nn.init.orthogonal_(self.value_head.weight, 1.0)
-        nn.init.zeros_(self.value_head.bias)
+        self.critic = mlp(obs_size, 1, args, output_gain=1.0)
 
     def normalize(self, obs):
         return self.obs_stats(obs) if self.norm_obs else obs
 
     def value(self, obs):
         """V_phi: obs[..., O] -> [...]"""
-        return self.value_head(self.critic(obs)).squeeze(-1)
+        return self.critic(obs).squeeze(-1)
 
 
 def log_prob(mean, log_std, actions):
@@ -356,6 +348,7 @@ def evaluate(agent, args, deterministic, seed):
 def film(agent, args, folder):
     """Films one deterministic episode as MP4 into the folder, through Gymnasium, which can render without a screen."""
     os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
+    gym.logger.min_level = gym.logger.ERROR
     try:
         env = gym.wrappers.RecordVideo(gym.make(args.env_id, render_mode="rgb_array"), str(folder))
         (obs, _), done = env.reset(seed=args.seed), False
