@@ -661,7 +661,7 @@ def train(args):
         metrics_file.flush()
 
         bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-        bar.update(step - bar.n)
+        bar.update(min(step, args.total_timesteps) - bar.n)
         if bar.disable and (time.time() - last_line > 30 or step >= args.total_timesteps):
             last_line, left = time.time(), max(args.total_timesteps - step, 0) / sps
             print(f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.1f}, {left:.0f} s left", flush=True)
