@@ -15,6 +15,7 @@ What differs from the sibling, ppo_continuous_action.py:
 
 import dataclasses
 import difflib
+import io
 import json
 import math
 import os
@@ -102,7 +103,7 @@ class Args:
     recompute_advantages: bool = False
     """measure advantages anew in every minibatch, from the current value and median (authors' code)"""
     norm_adv: bool = True
-    """divide both advantages by the standard deviation of the minibatch's advantages"""
+    """scale the minibatch's advantages to a standard deviation of 1 (PPO centres them as well, BPO does not)"""
     norm_obs: bool = True
     """standardise observations with running statistics"""
     norm_reward: bool = True
@@ -179,6 +180,7 @@ def make_envs(args, num_envs, seed):
 
     They reset on the step after the one that ended an episode: that step is a dummy, its action is ignored.
     """
+    gym.logger.min_level = gym.logger.ERROR  # old task versions are asked for on purpose
     if args.env_backend == "envpool":
         try:
             import envpool
@@ -192,7 +194,6 @@ def make_envs(args, num_envs, seed):
         envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed)
         obs_space, action_space = envs.observation_space, envs.action_space
     else:
-        gym.logger.min_level = gym.logger.ERROR
         mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
         try:
             envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", vector_kwargs=mode)
@@ -333,7 +334,8 @@ def minibatch_loss(agent, batch, args):
     value_loss = value_loss.mean()
     low, high = ratio_bounds(args)
     advantages = returns - (values.detach() if args.recompute_advantages else batch["values"])
-    scale = advantages.std() + 1e-8 if args.norm_adv else 1.0
+    # The floor keeps equal advantages, whose deviation is rounding, from drowning the critics' gradient.
+    scale = torch.maximum(advantages.std(), 0.1 * advantages.abs().mean()) + 1e-8 if args.norm_adv else 1.0
     median_advantages, mean_median_loss = advantages, torch.zeros(())
     if args.use_median:
         medians = agent.median(batch["obs"])
@@ -391,7 +393,7 @@ def improvement_bound(ratio, batch, args):
     """Corollary 4.4 per step, over the samples [B] of pi_0: guaranteed gain, divergence left, and their difference."""
     advantages = batch["returns"] - batch["values"]
     median_advantages = batch["returns"] - batch["medians" if args.use_median else "values"]
-    scale = advantages.std() + 1e-8 if args.norm_adv else 1.0
+    scale = torch.maximum(advantages.std(), 0.1 * advantages.abs().mean()) + 1e-8 if args.norm_adv else 1.0
     target = target_ratio(median_advantages / scale, *ratio_bounds(args), args.temperature)
     gain, divergence = ((target - 1) * median_advantages).mean(), ((target - ratio).abs() * advantages.abs()).mean()
     bound = {"guaranteed_gain": gain, "atv_divergence": divergence, "improvement_bound": gain - divergence}
@@ -443,23 +445,34 @@ def report(agent, args, run_dir):
         returns = evaluate(agent, args, name == "deterministic", args.seed + 10_000)
         results[name] = {"mean": returns.mean(), "std": returns.std(), "returns": returns.tolist()}
         print(f"evaluation, {name}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
-    write_atomically(run_dir / "evaluation.json", lambda path: path.write_text(json.dumps(results, indent=2)))
+    write_atomically(run_dir / "evaluation.json", json.dumps(results, indent=2).encode())
     if args.capture_video:
         film(agent, args, run_dir / "videos")
     return results
 
 
-def write_atomically(path, write):
-    """Calls write(a temporary path), then renames, so that path never holds half a file."""
+def write_atomically(path, content):
+    """Writes bytes to a temporary file, then renames it, so that path never holds half a file."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_bytes(state):
+    """What torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def load_run(run_dir, name):
     """Args and checkpoint `name` of a run; BadInput if they are missing, damaged or not this script's."""
     try:
-        args = Args(**json.loads((run_dir / "args.json").read_text())["args"])
+        args = dataclasses.replace(Args(**json.loads((run_dir / "args.json").read_text())["args"]), compile=False)
+        check_args(args)
         checkpoint = torch.load(run_dir / name, weights_only=True)
         script, env_id = checkpoint["script"], checkpoint["env_id"]
     except OSError as error:
@@ -484,7 +497,7 @@ def trim(path, step):
     lines = path.read_text().splitlines(keepends=True)
     rows = [x for x in lines[1:] if x.endswith("\n") and x.count(",") == lines[0].count(",")]
     rows = [x for x in rows if int(x.split(",", 1)[0]) <= step]
-    write_atomically(path, lambda temporary: temporary.write_text("".join(lines[:1] + rows)))
+    write_atomically(path, "".join(lines[:1] + rows).encode())
 
 
 def make_run_dir(args):
@@ -497,7 +510,7 @@ def make_run_dir(args):
     about["versions"] = {module.__name__: module.__version__ for module in modules}
     try:
         run_dir.mkdir(parents=True)
-        write_atomically(run_dir / "args.json", lambda path: path.write_text(json.dumps(about, indent=2)))
+        write_atomically(run_dir / "args.json", json.dumps(about, indent=2).encode())
     except OSError as error:
         raise BadInput(f"cannot write to {run_dir}: {error.strerror}; choose another --output-dir") from None
     return run_dir
@@ -551,6 +564,14 @@ def train(args):
     writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in dataclasses.asdict(args).items()))
     kept = f"go on with: python {SCRIPT}.py --resume {run_dir}"
 
+    def save_checkpoint():
+        writer.flush()
+        state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "rng_state": torch.get_rng_state()}
+        write_atomically(run_dir / "checkpoint.pt", to_bytes(state))
+
+    if not checkpoint:
+        save_checkpoint()
     obs = torch.zeros(num_steps + 1, num_envs, *obs_space.shape)
     actions = torch.zeros(num_steps, num_envs, *action_space.shape)
     rewards, valid = np.zeros((num_steps, num_envs)), np.zeros((num_steps, num_envs), bool)
@@ -582,6 +603,8 @@ def train(args):
 
         steps = step + valid.sum(1).cumsum()  # real transitions up to each row
         step = int(steps[-1])
+        if not valid.any():
+            continue
         for name, array in (("reward", rewards), ("observation", obs.numpy())):
             if not np.isfinite(array).all():
                 raise SystemExit(f"error: {args.env_id} returned a {name} that is not finite, step {step}; {kept}")
@@ -665,10 +688,8 @@ def train(args):
         if bar.disable and (time.time() - last_line > 30 or step >= args.total_timesteps):
             last_line, left = time.time(), max(args.total_timesteps - step, 0) / sps
             print(f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.1f}, {left:.0f} s left", flush=True)
-        if (iteration - 1) % args.checkpoint_interval == 0 or step >= args.total_timesteps or STOP:
-            state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "rng_state": torch.get_rng_state()}
-            write_atomically(run_dir / "checkpoint.pt", lambda path, state=state: torch.save(state, path))
+        if iteration % args.checkpoint_interval == 0 or step >= args.total_timesteps or STOP:
+            save_checkpoint()
 
     bar.close()
     envs.close()
@@ -678,7 +699,7 @@ def train(args):
         writer.close()
         raise SystemExit(f"stopped at step {step}; {kept}")
     state = {"script": SCRIPT, "env_id": args.env_id, "agent": agent.state_dict()}
-    write_atomically(run_dir / "agent.pt", lambda path: torch.save(state, path))
+    write_atomically(run_dir / "agent.pt", to_bytes(state))
     for name, result in report(agent, args, run_dir).items():
         writer.add_scalar(f"evaluation/{name}_return", result["mean"], step)
     writer.close()
@@ -687,14 +708,21 @@ def train(args):
     return str(run_dir)
 
 
+def request_stop(number, _):
+    STOP.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+
+
 def main(args):
     """Trains an agent, or evaluates that of an earlier run."""
     if not args.evaluate:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, request_stop)
         return train(args)
     run_dir = Path(args.evaluate)
     run_args, checkpoint = load_run(run_dir, "agent.pt" if (run_dir / "agent.pt").exists() else "checkpoint.pt")
     run_args = dataclasses.replace(run_args, eval_episodes=args.eval_episodes, capture_video=args.capture_video)
-    check_args(dataclasses.replace(run_args, compile=False))
+    check_args(run_args)
     torch.manual_seed(args.seed)
     envs, obs_space, action_space = make_envs(run_args, 1, args.seed)
     envs.close()
@@ -703,14 +731,7 @@ def main(args):
     report(agent, run_args, run_dir)
 
 
-def request_stop(number, _):
-    STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
-
-
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
     try:
         main(tyro.cli(Args))
     except BadInput as error:

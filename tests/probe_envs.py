@@ -38,7 +38,9 @@ class Skewed(Probe):
 
 
 class Target(Probe):
-    """Best action: 0.5."""
+    """Best action: 0.5, well inside the bounds, which therefore clip next to no sample."""
+
+    action_space = gym.spaces.Box(-5, 5, (1,), np.float32)
 
     def reward(self, action):
         return -((action - 0.5) ** 2)
@@ -81,6 +83,21 @@ class Marked(Probe):
     def end(self):
         over = self.steps == self.length()
         return over and self.episode % 2 == 0, over and self.episode % 2 == 1
+
+
+class Uneven(Probe):
+    """Pays 1 a step; an episode lasts one step or nine, by chance."""
+
+    def reset(self, *, seed=None, options=None):
+        result = super().reset(seed=seed)
+        self.length = int(self.np_random.choice([1, 9]))
+        return result
+
+    def reward(self, action):
+        return 1.0
+
+    def end(self):
+        return self.steps == self.length, False
 
 
 class BrokenReward(Endless):
@@ -128,6 +145,7 @@ for task in (
     Target,
     Endless,
     Marked,
+    Uneven,
     BrokenReward,
     BrokenObservation,
     Dictionary,
