@@ -63,7 +63,11 @@ def label_runs(runs):
     for about in runs:
         peers = [other["args"] for other in runs if other["script"] == about["script"]]
         ignored = ("seed", "env_id", "output_dir", "resume", "compile")
-        differing = [k for k in about["args"] if k not in ignored and any(p[k] != about["args"][k] for p in peers)]
+        differing = [
+            k
+            for k in about["args"]
+            if k not in ignored and any(p.get(k, about["args"][k]) != about["args"][k] for p in peers)
+        ]
         name = about["script"].split("_")[0].upper()
         labels.append(" ".join([name, *(f"{k}={about['args'][k]}" for k in differing)]))
     return labels
