@@ -76,11 +76,11 @@ class Args:
     """linear: to 0 at the last step; adaptive: follows --desired-kl as RSL-RL does (the paper's "ADP")"""
     desired_kl: float = 0.01
     """the divergence between old and new policy that the adaptive schedule aims at, in nats"""
-    gamma: float = 0.99
+    gamma: float = 0.995
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    clip_coef: float = 0.4
+    clip_coef: float = 0.3
     """epsilon: the ratio's bounds are 1 - epsilon and 1 + epsilon"""
     ratio_low: float | None = None
     """lower bound c_l of the ratio, in place of 1 - epsilon (Corollary 4.7)"""
@@ -122,7 +122,7 @@ class Args:
     """width of the two hidden layers of every network"""
     activation: Literal["tanh", "relu", "elu"] = "tanh"
     """nonlinearity of the hidden layers"""
-    log_std_init: float = 0.0
+    log_std_init: float = -0.5
     """initial logarithm of the policy's standard deviation"""
     compile: bool = dataclasses.field(default_factory=can_compile)
     """torch.compile the gradient step; by default if a C++ compiler and Python's headers are installed"""

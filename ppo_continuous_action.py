@@ -69,7 +69,7 @@ class Args:
     """linear: to 0 at the last step; adaptive: follows --desired-kl as RSL-RL does (the paper's "ADP")"""
     desired_kl: float = 0.01
     """the divergence between old and new policy that the adaptive schedule aims at, in nats"""
-    gamma: float = 0.99
+    gamma: float = 0.995
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
