@@ -506,7 +506,8 @@ def train(args):
     discounted_return, episode_return, episode_length = np.zeros((3, num_envs))
     recent_returns = deque(maxlen=100)
     iteration, first_step, start_time, last_line = 0, step, time.time(), time.time()
-    print(f"{SCRIPT} on {args.env_id}, seed {args.seed}{', compiled' * args.compile}: {run_dir}", flush=True)
+    compiled = "compiled" if args.compile else "not compiled"
+    print(f"{SCRIPT} on {args.env_id}, seed {args.seed}, {compiled}: {run_dir}", flush=True)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
 
     while step < args.total_timesteps and not STOP:

@@ -62,7 +62,7 @@ def label_runs(runs):
     labels = []
     for about in runs:
         peers = [other["args"] for other in runs if other["script"] == about["script"]]
-        ignored = ("seed", "env_id", "output_dir", "resume", "compile")
+        ignored = "seed env_id output_dir compile checkpoint_interval eval_episodes capture_video track".split()
         differing = [
             k
             for k in about["args"]

@@ -1,0 +1,35 @@
+"""The pages in docs/ point at the code they describe, and CI runs the command that the README gives."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_line_references_show_the_code_they_name(page):
+    for code, file, line in re.findall(r"\[`([^`]+)`\]\(([^)#]+)#L(\d+)\)", page.read_text()):
+        assert code in (page.parent / file).read_text().splitlines()[int(line) - 1], (code, line)
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = re.search(r"python (-m pytest[^\n`]*)", (ROOT / "README.md").read_text()).group(1)
+    assert command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_metric_of_the_script_is_documented():
+    code = (ROOT / "bpo_continuous_action.py").read_text()
+    page = (ROOT / "docs" / "bpo_continuous_action.md").read_text()
+    names = re.findall(r'"((?:charts|losses|time)/\w+)"', code)
+    names += [f"ratio/{side}_{x}" for side in ("high", "low") for x in ("mean", "std")] + ["ratio/out_of_bounds"]
+    names += [f"theory/{x}" for x in ("guaranteed_gain", "atv_divergence", "improvement_bound")]
+    assert len(names) > 20 and all(f"`{name}`" in page for name in names), [x for x in names if f"`{x}`" not in page]
