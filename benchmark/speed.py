@@ -117,8 +117,12 @@ def measure(name, hidden_size, minibatch_size, args):
 
 
 def main(args):
-    programs = ["bpo_continuous_action", "bpo_continuous_action --median-network=head", "ppo_continuous_action"]
-    programs += ["bpo_continuous_action --no-compile", "stable-baselines3"]
+    programs = (
+        "bpo_continuous_action",
+        "ppo_continuous_action",
+        "bpo_continuous_action --no-compile",
+        "stable-baselines3",
+    )
     results = []
     for hidden_size in args.hidden_sizes:
         for minibatch_size in args.minibatch_sizes:
