@@ -102,6 +102,7 @@ def main(args):
     table.append("|-|-|-|-|-|-|-|-|")
     rng = np.random.default_rng(0)
     for (task, label), group in sorted(groups.items()):
+        group = dict(sorted(group.items()))
         end = min(about["args"]["total_timesteps"] for about, _, _ in group.values())
         grid = np.arange(args.interval, end + 1, args.interval)
         curves = np.array([curve(steps, returns, grid) for _, steps, returns in group.values()])
