@@ -6,6 +6,7 @@ Runs are grouped by task, script and the flags in which runs of one script diffe
 return of the last 100 episodes that had ended by then. Intervals are 95% bootstrap intervals of the mean over seeds.
 """
 
+import csv
 import json
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """folders of finished runs"""
     output: Path = Path("benchmark/results")
-    """folder for curves.csv, curves.png and table.md"""
+    """folder for curves.csv, curves.png, summary.csv and table.md"""
     interval: int = 10_000
     """steps between the points of a curve"""
 
@@ -41,6 +42,18 @@ def read_run(folder):
     if len(episodes) == 0 or episodes.shape[1] != 3 or not np.isfinite(episodes).all():
         raise ValueError(f"{folder}: episodes.csv is damaged")
     return about, episodes[:, 0], episodes[:, 1]
+
+
+def summarise(folder):
+    """Figures of a run besides its curve: means of logged metrics over the iterations, and the final evaluation."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    means = {name: np.mean([row[name] for row in rows]) for name in ("ratio/out_of_bounds", "losses/kl")}
+    bounds = [row["theory/improvement_bound"] > 0 for row in rows if "theory/improvement_bound" in row]
+    means["improvement_bound_positive"] = np.mean(bounds) if bounds else np.nan  # PPO has none
+    means |= {f"{name}_{x}": result[x] for name, result in evaluation.items() for x in ("mean", "std")}
+    return means | {"training_seconds": rows[-1]["step"] / rows[-1]["charts/SPS"]}
 
 
 def curve(steps, returns, grid):
@@ -80,34 +93,37 @@ def main(args):
     found = []
     for folder in args.runs:
         try:
-            found.append(read_run(folder))
-        except ValueError as error:
+            found.append((*read_run(folder), summarise(folder)))
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             print(f"skipped {error}", file=sys.stderr)
     if not found:
         print("error: no finished run among the folders given", file=sys.stderr)
         sys.exit(2)
-    labels = label_runs([about for about, _, _ in found])
+    labels = label_runs([about for about, *_ in found])
     groups = {}
-    for label, (about, steps, returns) in zip(labels, found):
+    for label, (about, steps, returns, summary) in zip(labels, found):
         group = groups.setdefault((about["args"]["env_id"], label), {})
         if about["args"]["seed"] in group:
             print(f"error: two runs of {label} with seed {about['args']['seed']}: leave one out", file=sys.stderr)
             sys.exit(2)
-        group[about["args"]["seed"]] = about, steps, returns
+        group[about["args"]["seed"]] = about, steps, returns, summary
 
     args.output.mkdir(parents=True, exist_ok=True)
     tasks = sorted({task for task, _ in groups})
     figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4), squeeze=False)
     rows, table = ["task,group,seed,step,return"], ["| task | group | seeds | steps | mean | 95% | std | each |"]
     table.append("|-|-|-|-|-|-|-|-|")
+    summaries = [",".join(["task,group,seed", *found[0][3]])]
     rng = np.random.default_rng(0)
     for (task, label), group in sorted(groups.items()):
         group = dict(sorted(group.items()))
-        end = min(about["args"]["total_timesteps"] for about, _, _ in group.values())
+        end = min(about["args"]["total_timesteps"] for about, *_ in group.values())
         grid = np.arange(args.interval, end + 1, args.interval)
-        curves = np.array([curve(steps, returns, grid) for _, steps, returns in group.values()])
+        curves = np.array([curve(steps, returns, grid) for _, steps, returns, _ in group.values()])
         for seed, values in zip(group, curves):
             rows += [f"{task},{label},{seed},{step},{value:.1f}" for step, value in zip(grid, values)]
+        for seed, (*_, summary) in group.items():
+            summaries.append(",".join([task, label, str(seed), *(f"{x:.5g}" for x in summary.values())]))
         low, high = interval_of_mean(curves, rng)
         axis = axes[0, tasks.index(task)]
         (line,) = axis.plot(grid, curves.mean(0), label=f"{label} ({len(group)} seeds)")
@@ -125,6 +141,7 @@ def main(args):
     figure.tight_layout()
     figure.savefig(args.output / "curves.png", dpi=110)
     (args.output / "curves.csv").write_text("\n".join(rows) + "\n")
+    (args.output / "summary.csv").write_text("\n".join(summaries) + "\n")
     (args.output / "table.md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
 

@@ -12,12 +12,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
 
+METRICS = """step,ratio/out_of_bounds,losses/kl,theory/improvement_bound,charts/SPS
+50,0.1,0.01,-1,10
+100,0.3,0.02,1,20
+"""
+
 
 def make_run(folder, script="bpo_continuous_action", rows="", **args):
     folder.mkdir(parents=True)
     settings = {"seed": 1, "env_id": "Task-v0", "total_timesteps": 100, "clip_coef": 0.3, **args}
     (folder / "args.json").write_text(json.dumps({"script": script, "args": settings}))
     (folder / "episodes.csv").write_text("step,return,length\n" + (rows or "10,1,10\n60,3,50\n100,8,40\n"))
+    (folder / "metrics.csv").write_text(METRICS)
+    result = {"mean": 7.0, "std": 0.5, "returns": [6.5, 7.5]}
+    (folder / "evaluation.json").write_text(json.dumps({"deterministic": result, "stochastic": result}))
     (folder / "agent.pt").touch()
     return folder
 
@@ -61,6 +69,8 @@ def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
         "Task-v0,BPO clip_coef=0.3,2,100,6.0",
     ]
     assert "| Task-v0 | BPO clip_coef=0.3 | 2 | 100 | 5 |" in (tmp_path / "out" / "table.md").read_text()
+    summary = (tmp_path / "out" / "summary.csv").read_text().splitlines()
+    assert summary[1] == "Task-v0,BPO clip_coef=0.3,1,0.2,0.015,0.5,7,0.5,7,0.5,5"
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
