@@ -75,6 +75,8 @@ class Args:
     """lambda of generalised advantage estimation"""
     clip_coef: float = 0.2
     """epsilon: the ratio's bounds are 1 - epsilon and 1 + epsilon"""
+    objective: Literal["clip", "spo"] = "clip"
+    """clip: PPO's; spo: Simple Policy Optimization's, a quadratic penalty that is least at the same bounds"""
     norm_adv: bool = True
     """scale the minibatch's advantages to a standard deviation of 1 (PPO centres them as well, BPO does not)"""
     norm_obs: bool = True
@@ -269,6 +271,11 @@ def policy_loss(ratio, advantage, clip_coef):
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
 
 
+def spo_loss(ratio, advantage, clip_coef):
+    """Simple Policy Optimization (Xie et al., 2024): [B], [B] -> [B]. Least where the ratio is 1 +- clip_coef."""
+    return advantage.abs() * (ratio - 1).square() / (2 * clip_coef) - ratio * advantage
+
+
 def minibatch_loss(agent, batch, args):
     """The objective on batch, a dict of tensors [B, ...]: the loss [] and a dict of statistics []."""
     mean = agent.policy(batch["obs"])
@@ -285,7 +292,8 @@ def minibatch_loss(agent, batch, args):
     advantages = batch["advantages"]
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    pg_loss = policy_loss(ratio, advantages, args.clip_coef).mean()
+    loss_function = policy_loss if args.objective == "clip" else spo_loss
+    pg_loss = loss_function(ratio, advantages, args.clip_coef).mean()
     loss = pg_loss + args.value_coef * value_loss - args.ent_coef * entropy
     stats = {
         "losses/policy_loss": pg_loss,
@@ -305,14 +313,15 @@ def minibatch_gradient(agent, parameters, batch, indices, learning_rate, args):
     so it compiles into one graph. With the adaptive schedule it moves learning_rate[] as RSL-RL does.
     """
     loss, stats = minibatch_loss(agent, {name: x[indices] for name, x in batch.items()}, args)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-    stats["losses/grad_norm"] = norm = gradient.norm()
+    gradients = torch.autograd.grad(loss, parameters)
+    stats["losses/grad_norm"] = norm = torch.stack([g.norm() for g in gradients]).norm()
     if args.lr_schedule == "adaptive":
         kl, lr = stats["losses/kl"].detach(), learning_rate
         lower, higher = (lr / 1.5).clamp(min=1e-5), (lr * 1.5).clamp(max=1e-2)
         lr = torch.where(kl > 2 * args.desired_kl, lower, torch.where(kl < args.desired_kl / 2, higher, lr))
         learning_rate.copy_(lr)
-    clipped = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    scale = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    clipped = torch.cat([(g * scale).flatten() for g in gradients])
     return clipped, torch.stack([x.detach() for x in stats.values()]), list(stats)
 
 
@@ -470,8 +479,13 @@ def train(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng_state"])
     learning_rate = optimizer.param_groups[0]["lr"]
-    torch._dynamo.config.trace_autograd_ops = True
-    gradient_function = torch.compile(minibatch_gradient, fullgraph=True) if args.compile else minibatch_gradient
+    gradient_function = minibatch_gradient
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True
+        torch.compiler.reset()  # drops the graph of an earlier run in this process
+        # Every call has the same shapes and settings, so the checks that they still fit the graph are left out.
+        options = {"cpp_wrapper": True, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        gradient_function = torch.compile(minibatch_gradient, fullgraph=True, options=options)
 
     if not checkpoint:
         run_dir = make_run_dir(args)
