@@ -59,14 +59,14 @@ class BadInput(ValueError):
 class Args:
     suite: Annotated[Path | None, tyro.conf.Positional] = None
     """suite file (TOML); without one, the next six settings describe the sweep"""
+    tasks: tuple[str, ...] = ()
+    """task names; with a suite: only these of its tasks"""
+    seeds: int | None = None
+    """number of seeds, from 1 (default: 3); with a suite: only its seeds up to this one"""
     name: str = "sweep"
     """name of the sweep, the folder of its runs"""
     scripts: tuple[str, ...] = ("bpo_continuous_action.py",)
     """training scripts, relative to the project"""
-    tasks: tuple[str, ...] = ()
-    """task names"""
-    seeds: int = 3
-    """number of seeds, from 1"""
     total_timesteps: int | None = None
     """environment steps per run; default: the script's"""
     flags: tuple[str, ...] = ()
@@ -334,9 +334,22 @@ def plan(suite, name, output_dir):
     return sorted(runs.values(), key=lambda run: seeds.index(run.settings["seed"]))
 
 
+def narrow(runs, args):
+    """The runs of --tasks and of --seeds; BadInput if there are none."""
+    known = sorted({run.settings["env_id"] for run in runs})
+    for task in args.tasks:
+        if task not in known:
+            raise BadInput(f"the suite has no task {task}: it has {', '.join(known)}")
+    chosen = [run for run in runs if not args.tasks or run.settings["env_id"] in args.tasks]
+    chosen = [run for run in chosen if args.seeds is None or run.settings["seed"] <= args.seeds]
+    if not chosen:
+        raise BadInput(f"the suite has no seed up to {args.seeds}")
+    return chosen
+
+
 def read_suite(args):
     """The suite as a table, from the file or from the command line, and its name; BadInput if it cannot be read."""
-    described = [x.name for x in dataclasses.fields(Args)[1:7] if getattr(args, x.name) != x.default]
+    described = [x.name for x in dataclasses.fields(Args)[3:7] if getattr(args, x.name) != x.default]
     if args.suite and described:
         raise BadInput(f"give a suite file or --{described[0].replace('_', '-')}, not both")
     if args.suite:
@@ -348,7 +361,7 @@ def read_suite(args):
             raise BadInput(f"{args.suite} is not TOML: {error}") from None
     if not re.fullmatch(r"[\w.+=-]*\w[\w.+=-]*", args.name):
         raise BadInput(f"--name takes letters, digits and _.+=- and not {args.name!r}")
-    suite = {"tasks": list(args.tasks), "seeds": args.seeds, "variants": []}
+    suite = {"tasks": list(args.tasks), "seeds": 3 if args.seeds is None else args.seeds, "variants": []}
     suite |= {"total_timesteps": args.total_timesteps} if args.total_timesteps is not None else {}
     choices = [[(name, value) for value in values.split(",")] for name, values in map(split_option, args.flags)]
     for script, *chosen in itertools.product(args.scripts, *choices):
@@ -440,6 +453,7 @@ def main(args):
     # tie_to_runner asks for when each of the runner's threads dies, but the second SIGTERM ends a script unsaved.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
         runs = pool.submit(plan, suite, suite_name, args.output_dir).result()
+    runs = narrow(runs, args)
     for run in runs:
         if run.complete():
             run.state = "complete"

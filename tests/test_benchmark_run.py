@@ -313,8 +313,20 @@ def test_sweep_of_the_command_line(stub, tmp_path, monkeypatch, capsys):
     _, output, _ = here([*options, "--dry-run"], monkeypatch, capsys)
     assert len(output.splitlines()) == 8
     assert "--rate 0.3 --no-compile" in output and "runs/mine/stub+rate=0.3+compile=false__b__2" in output
-    status, _, errors = here([SUITES / "smoke.toml", "--seeds", 2], monkeypatch, capsys)
-    assert (status, errors) == (2, ["error: give a suite file or --seeds, not both"])
+    status, _, errors = here([SUITES / "smoke.toml", "--flags", "gamma=0.9"], monkeypatch, capsys)
+    assert (status, errors) == (2, ["error: give a suite file or --flags, not both"])
+
+
+def test_a_part_of_a_suite(stub, tmp_path, monkeypatch, capsys):
+    suite = write_suite(tmp_path / "s.toml", script=str(stub), tasks=["a", "b", "c"], seeds=[1, 2, 3, 5])
+    options = [suite, "--output-dir", tmp_path / "runs", "--dry-run"]
+    assert len(here(options, monkeypatch, capsys)[1].splitlines()) == 12
+    _, output, _ = here([*options, "--tasks", "a", "c", "--seeds", 2], monkeypatch, capsys)
+    named = [re.search(r"--env-id (\w) --seed (\d)", line).groups() for line in output.splitlines()]
+    assert named == [("a", "1"), ("c", "1"), ("a", "2"), ("c", "2")]
+    for part, message in ((["--tasks", "d"], "no task d: it has a, b, c"), (["--seeds", 0], "no seed up to 0")):
+        status, _, errors = here([*options, *part], monkeypatch, capsys)
+        assert status == 2 and len(errors) == 1 and message in errors[0]
 
 
 GOOD = dict(script="stub.py", tasks=["a"], seeds=1)
