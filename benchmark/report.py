@@ -1,14 +1,18 @@
-"""Learning curves from run folders: a compact CSV, a picture and a table.
+"""Learning curves from run folders: compact CSVs, a picture and tables.
 
-    python benchmark/report.py runs/*Hopper-v4* --output benchmark/results/hopper
+    python benchmark/report.py runs/fair_mujoco --output benchmark/results/fair_mujoco
 
-Runs are grouped by task, script and the flags in which runs of one script differ. The figure at a step is the mean
-return of the last 100 episodes that had ended by then. Intervals are 95% bootstrap intervals of the mean over seeds.
+Runs of a suite are grouped by task and variant; others by task, script and the flags in which runs of one script
+differ. The figure at a step is the mean return of the last 100 episodes that had ended by then. Intervals are 95%
+bootstrap intervals over seeds. The interquartile mean (IQM) and the probability of improvement, P(a run of the group is
+better than one of the baseline), are rliable's (Agarwal et al., "Deep RL at the Edge of the Statistical Precipice").
 """
 
 import csv
 import json
 import sys
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,16 +20,22 @@ from typing import Annotated
 import matplotlib
 import numpy as np
 import tyro
+from rliable import library, metrics
 
 WINDOW = 100  # episodes
+DRAWS = 2000  # of a bootstrap
+MANY = 6  # groups of a task, above which curves could not be told apart
+PUBLISHED = Path(__file__).resolve().parent / "published.csv"
 
 
 @dataclass
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """folders of finished runs"""
+    """folders of finished runs, or folders that hold such"""
     output: Path = Path("benchmark/results")
-    """folder for curves.csv, curves.png, summary.csv and table.md"""
+    """folder for curves.csv, summary.csv, table.md and curves.png (groups.png if a task has many groups)"""
+    baseline: str | None = None
+    """the group that others are compared with; default: the one named default, else PPO's"""
     interval: int = 10_000
     """steps between the points of a curve"""
 
@@ -52,7 +62,7 @@ def summarise(folder):
     means = {name: np.mean([row[name] for row in rows]) for name in ("ratio/out_of_bounds", "losses/kl")}
     bounds = [row["theory/improvement_bound"] > 0 for row in rows if "theory/improvement_bound" in row]
     means["improvement_bound_positive"] = np.mean(bounds) if bounds else np.nan  # PPO has none
-    means |= {f"{name}_{x}": result[x] for name, result in evaluation.items() for x in ("mean", "std")}
+    means |= {f"{name}_{x}": evaluation[name][x] for name in ("deterministic", "stochastic") for x in ("mean", "std")}
     return means | {"training_seconds": rows[-1]["step"] / rows[-1]["charts/SPS"]}
 
 
@@ -66,14 +76,46 @@ def curve(steps, returns, grid):
 
 def interval_of_mean(values, rng):
     """95% bootstrap interval of the mean over axis 0: values[S, K] -> low[K], high[K]."""
-    draws = rng.integers(len(values), size=(2000, len(values)))
+    draws = rng.integers(len(values), size=(DRAWS, len(values)))
     return np.quantile(values[draws].mean(1), [0.025, 0.975], axis=0)
 
 
-def label_runs(runs):
-    """A name per run: its script, and the flags in which runs of that script differ."""
+def interquartile_mean(returns):
+    """The IQM of returns[S] and its interval: (point, low, high)."""
+    points, intervals = library.get_interval_estimates(
+        {"": returns[:, None]},
+        lambda scores: np.array([metrics.aggregate_iqm(scores)]),
+        reps=DRAWS,
+        random_state=np.random.RandomState(0),
+    )
+    return points[""][0], *intervals[""][:, 0]
+
+
+def probability_of_improvement(returns, baseline):
+    """P(return > baseline's), ties half, averaged over tasks: returns[S, K], baseline[R, K] -> (point, low, high)."""
+    points, intervals = library.get_interval_estimates(
+        {"": (returns, baseline)},
+        lambda x, y: np.array([metrics.probability_of_improvement(x, y)]),
+        reps=DRAWS,
+        random_state=np.random.RandomState(0),
+    )
+    return points[""][0], *intervals[""][:, 0]
+
+
+def difference_of_means(returns, baseline, rng):
+    """Mean of returns[S] less that of baseline[R]: (point, low, high)."""
+    draws = (x[rng.integers(len(x), size=(DRAWS, len(x)))].mean(1) for x in (returns, baseline))
+    return returns.mean() - baseline.mean(), *np.quantile(np.subtract(*draws), [0.025, 0.975])
+
+
+def label_runs(folders, runs):
+    """A name per run: its variant in a suite; else its script, and the flags in which runs of that script differ."""
     labels = []
-    for about in runs:
+    for folder, about in zip(folders, runs):
+        task, seed = about["args"]["env_id"].replace("/", "-"), about["args"]["seed"]
+        if folder.resolve().parent.name.endswith(f"__{task}__{seed}"):
+            labels.append(folder.resolve().parent.name.removesuffix(f"__{task}__{seed}"))
+            continue
         peers = [other["args"] for other in runs if other["script"] == about["script"]]
         ignored = "seed env_id output_dir compile checkpoint_interval eval_episodes capture_video track".split()
         differing = [
@@ -86,64 +128,149 @@ def label_runs(runs):
     return labels
 
 
+def read_published():
+    """The paper's Table 1, at step "end", and its authors' curves: {(task, algorithm, step): return}, all strings."""
+    with PUBLISHED.open() as file:
+        rows = csv.DictReader(x for x in file if not x.startswith("#"))
+        return {(row["task"], row["algorithm"], row["step"]): row["return"] for row in rows}
+
+
+def draw_curves(axis, curves, grid, rng):
+    """Mean and interval of each group, curves[label][S, K], over the steps grid[K]."""
+    for label, values in curves.items():
+        low, high = interval_of_mean(values, rng)
+        (line,) = axis.plot(grid, values.mean(0), label=f"{label} ({len(values)} seeds)")
+        axis.fill_between(grid, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axis.set(xlabel="environment steps", ylabel=f"return, mean of the last {WINDOW} episodes")
+    axis.legend(loc="best", frameon=False)
+
+
+def draw_groups(axis, curves, baseline, rng):
+    """Mean, interval and seeds of each group at the end, the best on top; the baseline's mean as a line."""
+    ends = {label: values[:, -1] for label, values in curves.items()}
+    order = sorted(ends, key=lambda label: ends[label].mean())
+    for place, label in enumerate(order):
+        low, high = interval_of_mean(ends[label][:, None], rng)
+        color = "C1" if label == baseline else "C0"
+        axis.plot([low[0], high[0]], [place, place], color=color, linewidth=4, alpha=0.4)
+        axis.plot(ends[label], [place] * len(ends[label]), ".", color="0.5", markersize=4)
+        axis.plot(ends[label].mean(), place, "o", color=color)
+    if baseline in ends:
+        axis.axvline(ends[baseline].mean(), color="C1", linewidth=0.8)
+    axis.set_yticks(range(len(order)), order)
+    axis.set(xlabel=f"return, mean of the last {WINDOW} episodes")
+
+
+def find_folders(paths):
+    """The run folders among the paths and below them."""
+    for path in paths:
+        if (path / "args.json").exists() or not (below := sorted(x.parent for x in path.glob("**/args.json"))):
+            yield path
+        else:
+            yield from below
+
+
 def main(args):
     matplotlib.use("Agg")
+    warnings.filterwarnings("ignore", message="random_state is deprecated")  # within rliable
     import matplotlib.pyplot as plt
 
     found = []
-    for folder in args.runs:
+    for folder in find_folders(args.runs):
         try:
-            found.append((*read_run(folder), summarise(folder)))
+            found.append((folder, *read_run(folder), summarise(folder)))
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             print(f"skipped {error}", file=sys.stderr)
     if not found:
         print("error: no finished run among the folders given", file=sys.stderr)
         sys.exit(2)
-    labels = label_runs([about for about, *_ in found])
+    labels = label_runs([folder for folder, *_ in found], [about for _, about, *_ in found])
     groups = {}
-    for label, (about, steps, returns, summary) in zip(labels, found):
-        group = groups.setdefault((about["args"]["env_id"], label), {})
+    for label, (_, about, steps, returns, summary) in zip(labels, found):
+        group = groups.setdefault(about["args"]["env_id"], {}).setdefault(label, {})
         if about["args"]["seed"] in group:
             print(f"error: two runs of {label} with seed {about['args']['seed']}: leave one out", file=sys.stderr)
             sys.exit(2)
         group[about["args"]["seed"]] = about, steps, returns, summary
+    algorithms = {label: about["script"].split("_")[0] for label, (_, about, *_) in zip(labels, found)}
+    baseline = args.baseline or next((x for x in algorithms if x == "default"), None)
+    baseline = baseline or next((x for x in sorted(algorithms) if algorithms[x] == "ppo"), None)
+    if args.baseline and args.baseline not in algorithms:
+        print(f"error: no group {args.baseline}: there are {', '.join(sorted(algorithms))}", file=sys.stderr)
+        sys.exit(2)
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    tasks = sorted({task for task, _ in groups})
-    figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4), squeeze=False)
-    rows, table = ["task,group,seed,step,return"], ["| task | group | seeds | steps | mean | 95% | std | each |"]
-    table.append("|-|-|-|-|-|-|-|-|")
-    summaries = [",".join(["task,group,seed", *found[0][3]])]
-    rng = np.random.default_rng(0)
-    for (task, label), group in sorted(groups.items()):
-        group = dict(sorted(group.items()))
-        end = min(about["args"]["total_timesteps"] for about, *_ in group.values())
+    tasks = sorted(groups)
+    many = max(map(len, groups.values())) > MANY
+    size = (8, 0.5 + 0.28 * max(map(len, groups.values()))) if many else (6.4, 4)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(size[0] * len(tasks), size[1]), squeeze=False)
+    rows, summaries = ["task,group,seed,step,return"], [",".join(["task,group,seed,commit", *found[0][4]])]
+    table = ["| task | group | seeds | steps | mean | 95% | IQM | 95% | std | each |", "|-|-|-|-|-|-|-|-|-|-|"]
+    against = [
+        f"| task | group | mean less that of {baseline} | 95% | P(better than {baseline}) | 95% |",
+        "|-|-|-|-|-|-|",
+    ]
+    beside = [
+        "| task | group | steps | ours | authors' curve at as many | paper's Table 1, converged |",
+        "|-|-|-|-|-|-|",
+    ]
+    rng, published, ends = np.random.default_rng(0), read_published(), {}
+    for axis, task in zip(axes[0], tasks):
+        runs = {label: dict(sorted(group.items())) for label, group in sorted(groups[task].items())}
+        end = min(about["args"]["total_timesteps"] for group in runs.values() for about, *_ in group.values())
         grid = np.arange(args.interval, end + 1, args.interval)
-        curves = np.array([curve(steps, returns, grid) for _, steps, returns, _ in group.values()])
-        for seed, values in zip(group, curves):
-            rows += [f"{task},{label},{seed},{step},{value:.1f}" for step, value in zip(grid, values)]
-        for seed, (*_, summary) in group.items():
-            summaries.append(",".join([task, label, str(seed), *(f"{x:.5g}" for x in summary.values())]))
-        low, high = interval_of_mean(curves, rng)
-        axis = axes[0, tasks.index(task)]
-        (line,) = axis.plot(grid, curves.mean(0), label=f"{label} ({len(group)} seeds)")
-        axis.fill_between(grid, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-        axis.set(title=task, xlabel="environment steps", ylabel=f"return, mean of the last {WINDOW} episodes")
-        last = curves[:, -1]
-        std = f"{last.std(ddof=1):.0f}" if len(last) > 1 else "-"
-        each = ", ".join(f"{x:.0f}" for x in last)
-        interval = f"{low[-1]:.0f} to {high[-1]:.0f}"
-        table.append(f"| {task} | {label} | {len(last)} | {end} | {last.mean():.0f} | {interval} | {std} | {each} |")
-    for axis in axes[0]:
-        axis.legend(loc="lower right", frameon=False)
+        curves = {
+            label: np.array([curve(steps, returns, grid) for _, steps, returns, _ in group.values()])
+            for label, group in runs.items()
+        }
+        ends[task] = {label: values[:, -1] for label, values in curves.items()}
+        for label, group in runs.items():
+            for seed, values in zip(group, curves[label]):
+                rows += [f"{task},{label},{seed},{step},{value:.1f}" for step, value in zip(grid, values)]
+            for seed, (about, _, _, summary) in group.items():
+                figures = [f"{x:.5g}" for x in summary.values()]
+                summaries.append(",".join([task, label, str(seed), about.get("commit", "")[:12], *figures]))
+            last = ends[task][label]
+            low, high = interval_of_mean(last[:, None], rng)
+            iqm, iqm_low, iqm_high = interquartile_mean(last)
+            each = ", ".join(f"{x:.0f}" for x in last)
+            cells = f"{last.mean():.0f} | - | {iqm:.0f} | - | -"
+            if len(last) > 1:
+                cells = (
+                    f"{last.mean():.0f} | {low[0]:.0f} to {high[0]:.0f} | {iqm:.0f} | {iqm_low:.0f} to {iqm_high:.0f}"
+                )
+                cells += f" | {last.std(ddof=1):.0f}"
+            table.append(f"| {task} | {label} | {len(last)} | {end} | {cells} | {each} |")
+            if (at := published.get((task, algorithms[label], str(end)))) is not None:
+                converged = published.get((task, algorithms[label], "end"), "-")
+                beside.append(f"| {task} | {label} | {end} | {last.mean():.0f} | {at} | {converged} |")
+            if label != baseline and len(last) > 1 and len(ends[task].get(baseline, ())) > 1:
+                difference = difference_of_means(last, ends[task][baseline], rng)
+                improvement = probability_of_improvement(last[:, None], ends[task][baseline][:, None])
+                cells = "{:.0f} | {:.0f} to {:.0f} | {:.2f} | {:.2f} to {:.2f}".format(*difference, *improvement)
+                against.append(f"| {task} | {label} | {cells} |")
+        draw_groups(axis, curves, baseline, rng) if many else draw_curves(axis, curves, grid, rng)
+        axis.set_title(f"{task}, {end} steps" if many else task)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
+    for label in sorted(set.intersection(*map(set, ends.values())) - {baseline}) if len(tasks) > 1 else ():
+        if all(baseline in x for x in ends.values()):  # rliable takes as many runs of every task
+            pairs = [[x[name] for x in ends.values()] for name in (label, baseline)]
+            scores = [np.stack([x[: min(map(len, each))] for x in each], axis=1) for each in pairs]
+            cells = "{:.2f} | {:.2f} to {:.2f}".format(*probability_of_improvement(*scores))
+            seeds = " and ".join(str(len(x)) for x in scores)
+            against.append(f"| all, first {seeds} runs of each | {label} | - | - | {cells} |")
+
+    commits = Counter(about.get("commit", "") or "unknown" for _, about, *_ in found)
+    made_by = ", ".join(f"{commit[:12]} ({count} runs)" for commit, count in commits.most_common())
+    parts = [table] + [x for x in (against, beside) if len(x) > 2] + [[f"Commits: {made_by}."]]
+    text = "\n\n".join("\n".join(part) for part in parts) + "\n"
+    args.output.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(args.output / "curves.png", dpi=110)
+    figure.savefig(args.output / ("groups.png" if many else "curves.png"), dpi=110)
     (args.output / "curves.csv").write_text("\n".join(rows) + "\n")
     (args.output / "summary.csv").write_text("\n".join(summaries) + "\n")
-    (args.output / "table.md").write_text("\n".join(table) + "\n")
-    print("\n".join(table))
+    (args.output / "table.md").write_text(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ METRICS = """step,ratio/out_of_bounds,losses/kl,theory/improvement_bound,charts/
 def make_run(folder, script="bpo_continuous_action", rows="", **args):
     folder.mkdir(parents=True)
     settings = {"seed": 1, "env_id": "Task-v0", "total_timesteps": 100, "clip_coef": 0.3, **args}
-    (folder / "args.json").write_text(json.dumps({"script": script, "args": settings}))
+    (folder / "args.json").write_text(json.dumps({"script": script, "args": settings, "commit": "abc"}))
     (folder / "episodes.csv").write_text("step,return,length\n" + (rows or "10,1,10\n60,3,50\n100,8,40\n"))
     (folder / "metrics.csv").write_text(METRICS)
     result = {"mean": 7.0, "std": 0.5, "returns": [6.5, 7.5]}
@@ -31,7 +31,8 @@ def make_run(folder, script="bpo_continuous_action", rows="", **args):
 
 
 def run_report(*arguments):
-    command = [sys.executable, str(ROOT / "benchmark" / "report.py"), *map(str, arguments), "--interval", "50"]
+    arguments = ["--interval", "50", *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "benchmark" / "report.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -48,6 +49,74 @@ def test_interval_of_the_mean_covers_it_nineteen_times_in_twenty():
     rng = np.random.default_rng(1)
     low, high = report.interval_of_mean(rng.normal(size=(40, 300)), rng)
     assert 0.88 < ((low < 0) & (high > 0)).mean() < 0.98
+
+
+def test_interquartile_mean_is_the_mean_of_the_middle_half():
+    returns = np.random.default_rng(2).normal(size=12) ** 3
+    point, low, high = report.interquartile_mean(returns)
+    assert point == pytest.approx(np.sort(returns)[3:9].mean())
+    assert low < point < high and returns.min() < low and high < returns.max()
+
+
+def test_probability_of_improvement_counts_pairs():
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.integers(0, 6, (9, 2)).astype(float), rng.integers(0, 5, (7, 2)).astype(float)
+    pairs = [1.0 if x > y else 0.5 if x == y else 0.0 for k in range(2) for x in ours[:, k] for y in theirs[:, k]]
+    point, low, high = report.probability_of_improvement(ours, theirs)
+    assert point == pytest.approx(np.mean(pairs))
+    assert 0 <= low < point < high <= 1
+
+
+def test_difference_of_means_has_the_normal_interval():
+    rng = np.random.default_rng(4)
+    ours, theirs = rng.normal(3, 1, 400), rng.normal(1, 2, 300)
+    point, low, high = report.difference_of_means(ours, theirs, rng)
+    assert point == pytest.approx(ours.mean() - theirs.mean())
+    half = 1.96 * np.sqrt(ours.var() / 400 + theirs.var() / 300)
+    assert (point - low, high - point) == (pytest.approx(half, rel=0.15), pytest.approx(half, rel=0.15))
+
+
+def test_report_of_a_suite_compares_its_variants(tmp_path):
+    """Two tasks, one of the paper's; unequal numbers of seeds; groups named by the suite's variants."""
+    ends = {("mine", "Hopper-v4"): [30, 50, 70], ("base", "Hopper-v4"): [20, 40], ("mine", "B/c-v0"): [3, 1]}
+    ends["base", "B/c-v0"] = [2, 2, 2, 2]
+    for (variant, task), returns in ends.items():
+        for seed, value in enumerate(returns, 1):
+            script = {"mine": "bpo_x", "base": "ppo_x"}[variant]
+            name = f"{variant}__{task.replace('/', '-')}__{seed}"
+            args = dict(env_id=task, seed=seed, total_timesteps=1_000_000, clip_coef=seed / 10)
+            make_run(tmp_path / "suite" / name / f"run{seed}", script, f"5,{value},5\n", **args)
+    done = run_report(tmp_path / "suite", "--output", tmp_path / "out", "--interval", "500000")
+    assert (done.returncode, done.stderr) == (0, "")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table == done.stdout
+    assert "| Hopper-v4 | mine | 3 | 1000000 | 50 | 30 to 70 | 50 |" in table
+    assert "| Hopper-v4 | mine | 20 | " in table and "| 0.83 | " in table  # better in 5 of 6 pairs
+    assert "| B/c-v0 | mine | 0 | " in table and "| 0.50 | " in table
+    assert "| all, first 2 and 2 runs of each | mine | - | - | 0.62 | " in table  # (3 of 4 pairs + half of 4) / 2
+    assert "| Hopper-v4 | mine | 1000000 | 50 | 2726 | 3505.1 |" in table
+    assert "| Hopper-v4 | base | 1000000 | 30 | 853 | 2497.7 |" in table
+    assert table.endswith("Commits: abc (11 runs).\n")
+    curves = (tmp_path / "out" / "curves.csv").read_text().splitlines()
+    assert curves[1] == "B/c-v0,base,1,500000,2.0" and len(curves) == 1 + 2 * 11
+    chosen = run_report(tmp_path / "suite", "--baseline", "mine", "--output", tmp_path / "out")
+    assert "| Hopper-v4 | base | -20 | " in chosen.stdout
+    unknown = run_report(tmp_path / "suite", "--baseline", "theirs", "--output", tmp_path / "new")
+    assert (unknown.returncode, unknown.stderr) == (2, "error: no group theirs: there are base, mine\n")
+    assert not (tmp_path / "new").exists()
+
+
+def test_many_groups_are_drawn_beside_each_other(tmp_path):
+    for k in range(7):
+        make_run(tmp_path / f"v{k}__Task-v0__1" / "run")
+    assert run_report(tmp_path, "--output", tmp_path / "out").returncode == 0
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {"curves.csv", "summary.csv", "table.md", "groups.png"}
+
+
+def test_published_figures_are_complete():
+    published = report.read_published()
+    assert len(published) == 8 * 2 * 5 and all(float(x) > 0 for x in published.values())
+    assert published["Ant-v4", "bpo", "end"] == "4871.4" and published["Swimmer-v4", "ppo", "1000000"] == "298"
 
 
 def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
@@ -70,7 +139,7 @@ def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
     ]
     assert "| Task-v0 | BPO clip_coef=0.3 | 2 | 100 | 5 |" in (tmp_path / "out" / "table.md").read_text()
     summary = (tmp_path / "out" / "summary.csv").read_text().splitlines()
-    assert summary[1] == "Task-v0,BPO clip_coef=0.3,1,0.2,0.015,0.5,7,0.5,7,0.5,5"
+    assert summary[1] == "Task-v0,BPO clip_coef=0.3,1,abc,0.2,0.015,0.5,7,0.5,7,0.5,5"
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
