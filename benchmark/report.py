@@ -267,6 +267,7 @@ def main(args):
     args.output.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(args.output / ("groups.png" if many else "curves.png"), dpi=110)
+    plt.close(figure)
     (args.output / "curves.csv").write_text("\n".join(rows) + "\n")
     (args.output / "summary.csv").write_text("\n".join(summaries) + "\n")
     (args.output / "table.md").write_text(text)

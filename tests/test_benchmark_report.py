@@ -1,12 +1,16 @@
 """benchmark/report.py on run folders written by hand: figures, skipped runs, bad input."""
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -31,9 +35,15 @@ def make_run(folder, script="bpo_continuous_action", rows="", **args):
 
 
 def run_report(*arguments):
-    arguments = ["--interval", "50", *map(str, arguments)]
-    command = [sys.executable, str(ROOT / "benchmark" / "report.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    """What the command prints, and its exit status; in this process, as imports take longer than all else."""
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    few_draws = patch.object(report, "DRAWS", 100)
+    with few_draws, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            report.main(tyro.cli(report.Args, args=["--interval", "50", *map(str, arguments)]))
+        except SystemExit as end:
+            status = end.code
+    return SimpleNamespace(returncode=status, stdout=output.getvalue(), stderr=errors.getvalue())
 
 
 def test_curve_is_the_mean_of_the_last_hundred_episodes():
