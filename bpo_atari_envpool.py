@@ -116,7 +116,7 @@ class Args:
     max_grad_norm: float = 0.5
     """the gradient is scaled down to this norm, over all networks jointly"""
     heads: Literal["linear", "mlp"] = "linear"
-    """on the convolutional trunk: linear layers, or hidden layers of 256 as in the authors' code for BPO"""
+    """what is on the shared trunk: linear layers, or hidden layers of 256 before them as in the authors' BPO"""
     device: Literal["cpu", "cuda"] = dataclasses.field(
         default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu"
     )
@@ -209,7 +209,7 @@ def orthogonal(layer, gain=2**0.5):
 
 
 class Agent(nn.Module):
-    """Nature CNN (Mnih et al., 2015) with heads for the policy, the value and the median."""
+    """Nature CNN (Mnih et al., 2015) and its heads."""
 
     def __init__(self, channels, num_actions, args):
         super().__init__()
@@ -228,9 +228,8 @@ class Agent(nn.Module):
         width = 256 if args.heads == "mlp" else 512
 
         def hidden(inputs):
-            return (
-                nn.Sequential(orthogonal(nn.Linear(inputs, 256)), nn.ReLU()) if args.heads == "mlp" else nn.Identity()
-            )
+            mlp = args.heads == "mlp"
+            return nn.Sequential(orthogonal(nn.Linear(inputs, 256)), nn.ReLU()) if mlp else nn.Identity()
 
         self.policy_branch, self.value_branch = hidden(512), hidden(512)
         self.policy, self.value = orthogonal(nn.Linear(width, num_actions), 0.01), orthogonal(nn.Linear(width, 1), 1.0)
@@ -239,7 +238,7 @@ class Agent(nn.Module):
             self.median = nn.Sequential(hidden(width), orthogonal(nn.Linear(width, 1), 1.0))
 
     def forward(self, frames):
-        """frames[B, H, W, C] as bytes -> logits[B, A], values[B] (V_phi) and medians[B] (mu_psi)"""
+        """The heads' outputs for frames[B, H, W, C] of bytes: a dict of logits[B, A], values[B] and so on."""
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
             # Bytes are exact in bfloat16, and dividing the weights by 255 is cheaper than dividing the frames.
             images = frames.permute(0, 3, 1, 2).to(torch.bfloat16 if self.bf16 else torch.float32)
@@ -249,7 +248,7 @@ class Agent(nn.Module):
         value_features = self.value_branch(features)
         outputs = dict(logits=self.policy(self.policy_branch(features)), values=self.value(value_features).squeeze(-1))
         if self.use_median:
-            outputs["medians"] = self.median(value_features).squeeze(-1)
+            outputs["medians"] = self.median(value_features).squeeze(-1)  # mu_psi
         return outputs
 
 
