@@ -10,8 +10,9 @@ What differs from the sibling, ppo_atari_envpool.py:
 1. target_ratio: the optimal ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
 2. policy_loss: the distance of the ratio from that target, weighted by abs(advantage) (Eq. 16), not the clip (Eq. 17).
 3. median_loss and a median head: the baseline that makes the target policy sum to one (Eq. 15).
-4. The defaults: Table 2 here, Table 3 there. BPO takes the advantages as they are, PPO centres and scales them.
+4. Both advantages are divided by one standard deviation and not centred: the median head does that.
 5. improvement_bound: the terms of Corollary 4.4, logged under theory/.
+6. The defaults of bounds, epochs and entropy bonus: Table 2 here, Table 3 there.
 """
 
 import dataclasses
@@ -103,7 +104,7 @@ class Args:
     """alpha_1: weight of the plain total variation beside the advantage-weighted one (Eq. 16)"""
     recompute_advantages: bool = False
     """measure advantages anew in every minibatch, from the current value and median (authors' code)"""
-    norm_adv: bool = False
+    norm_adv: bool = True
     """scale the minibatch's advantages to a standard deviation of 1 (PPO centres them as well, BPO does not)"""
     value_coef: float = 0.5
     """weight of the value loss (R - V)^2, w_1 in the paper"""
