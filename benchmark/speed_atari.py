@@ -55,6 +55,8 @@ def steady_rate(steps, seconds):
 
 def run_peer(args):
     """Trains Stable-Baselines3's PPO and prints its steady rate."""
+    import ale_py
+    import gymnasium as gym
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
@@ -73,6 +75,7 @@ def run_peer(args):
             self.steps.append(self.num_timesteps)
             self.seconds.append(time.perf_counter())
 
+    gym.register_envs(ale_py)
     torch.set_num_threads(len(args.cores))
     envs = VecFrameStack(make_atari_env(f"{args.game}NoFrameskip-v4", n_envs=8, seed=1), 4)
     settings = dict(n_steps=128, n_epochs=4, batch_size=256, gamma=0.98, learning_rate=2.5e-4, ent_coef=0.01)
