@@ -44,6 +44,8 @@ RUNNERS = ("env_id", "seed", "output_dir", "resume", "evaluate")  # flags that t
 STATES = ("waiting", "running", "elsewhere", "complete", "failed")
 HARMLESS = (
     "compile",
+    "cuda_graphs",
+    "device",
     "checkpoint_interval",
     "capture_video",
     "track",
@@ -109,8 +111,9 @@ class Run:
         """The command that starts the run, or that resumes it if there is a checkpoint."""
         words = self.words
         if folders := self.folders("checkpoint.pt"):
-            compiled = [word for word in words if word in ("--compile", "--no-compile")]
-            words = [*compiled, "--resume", str(folders[-1])]  # all else is in the run's args.json
+            machine = {"--compile", "--no-compile", "--cuda-graphs", "--no-cuda-graphs", "--device", "cpu", "cuda"}
+            kept = [word for word in words if word in machine]
+            words = [*kept, "--resume", str(folders[-1])]  # all else is in the run's args.json
         return [sys.executable, str(self.script), *words]
 
     def check_settings(self):
@@ -275,7 +278,8 @@ def check_task(script, env_id, env_backend):
     """BadInput if the script cannot train on this task."""
     module = load_script(script)
     if hasattr(module, "make_envs"):
-        module.make_envs(module.Args(env_id=env_id, env_backend=env_backend), 1, 0)[0].close()
+        backend = {"env_backend": env_backend} if env_backend else {}
+        module.make_envs(module.Args(env_id=env_id, **backend), 1, 0)[0].close()
 
 
 def check_table(table, keys, where):

@@ -26,9 +26,10 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_metric_of_the_script_is_documented():
-    code = (ROOT / "bpo_continuous_action.py").read_text()
-    page = (ROOT / "docs" / "bpo_continuous_action.md").read_text()
+@pytest.mark.parametrize("script", ["bpo_continuous_action", "bpo_atari_envpool"])
+def test_every_metric_of_the_script_is_documented(script):
+    code = (ROOT / f"{script}.py").read_text()
+    page = (ROOT / "docs" / f"{script}.md").read_text()
     names = re.findall(r'"((?:charts|losses|time)/\w+)"', code)
     names += [f"ratio/{side}_{x}" for side in ("high", "low") for x in ("mean", "std")] + ["ratio/out_of_bounds"]
     names += [f"theory/{x}" for x in ("guaranteed_gain", "atv_divergence", "improvement_bound")]
