@@ -437,10 +437,10 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    decay = gamma * gae_lambda * ~(terminated | truncated)
+    goes_on = ~(terminated | truncated)
     advantages, trace = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        advantages[t] = trace = deltas[t] + decay[t] * trace
+        advantages[t] = trace = deltas[t] + gamma * gae_lambda * trace * goes_on[t]
     return advantages, advantages + values[:-1]
 
 
