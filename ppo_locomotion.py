@@ -182,6 +182,13 @@ def envpool_envs(args, num_envs, seed, render):
         raise BadInput("EnvPool is not installed: pip install -r requirements.txt") from None
     if args.env_id not in (known := envpool.list_all_envs()):
         raise unknown_task(args, "EnvPool", known)
+    spec = envpool.make_spec(args.env_id)
+    space, action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
+    spaces = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {"state": space}
+    spaces = [spaces.get("state"), spaces.get("privileged_state", spaces.get("state")), action_space]
+    for x, kind in zip(spaces, ("observation", "observation", "action")):
+        if not isinstance(x, gym.spaces.Box) or len(x.shape) != 1:
+            raise BadInput(f"{args.env_id} has no flat Box {kind}, which this script needs")
     options = dict(env_type="gymnasium", num_threads=min(num_envs, torch.get_num_threads()), seed=seed)
     if render:
         options |= dict(render_mode="rgb_array", render_width=512, render_height=384, render_camera_id=0)
@@ -194,12 +201,6 @@ def envpool_envs(args, num_envs, seed, render):
         envs.gl_context = mujoco.GLContext(512, 384)  # EnvPool draws into the current one
         envs.gl_context.make_current()
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
-    space = envs.observation_space
-    spaces = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {"state": space}
-    spaces = [spaces.get("state"), spaces.get("privileged_state", spaces.get("state"))]
-    for x, kind in ((spaces[0], "observation"), (spaces[1], "observation"), (envs.action_space, "action")):
-        if not isinstance(x, gym.spaces.Box) or len(x.shape) != 1:
-            raise BadInput(f"{args.env_id} has no flat Box {kind}, which this script needs")
 
     def tensors(obs):
         obs = obs if isinstance(obs, dict) else {"state": obs}
@@ -219,11 +220,10 @@ def envpool_envs(args, num_envs, seed, render):
         return tensors(obs), logs(info)
 
     def step(actions):
-        obs, *results, info = envs.step(to_env(actions.cpu(), envs.action_space))
+        obs, *results, info = envs.step(to_env(actions.cpu(), action_space))
         return tensors(obs), *(torch.from_numpy(x).to(device) for x in results), logs(info)
 
-    sizes = dict(zip(("obs_size", "privileged_size"), (x.shape[0] for x in spaces)))
-    sizes["action_size"] = envs.action_space.shape[0]
+    sizes = dict(zip(("obs_size", "privileged_size", "action_size"), (x.shape[0] for x in spaces)))
     calls = dict(reset=reset, step=step, render=lambda: envs.render()[0], close=envs.close)
     return SimpleNamespace(**calls, **sizes, next_step=True)
 
@@ -734,13 +734,14 @@ def train(args):
         # One order for all epochs, as in RSL-RL; it is topped up from its front in place of the dummy rows.
         order = torch.randperm(len(rows), generator=generator, device=device)
         order = order[torch.arange(num_steps * num_envs, device=device) % len(rows)]
-        totals = 0
+        totals, learning_rates = 0, 0
         for _ in range(args.update_epochs):
             for indices in order.view(args.num_minibatches, -1):
                 flat.grad, stats, names = minibatch_gradient(agent, parameters, batch, indices, learning_rate, args)
                 optimizer.step()
-                totals = totals + stats
-        metrics = dict(zip(names, (totals / (args.update_epochs * args.num_minibatches)).tolist()))
+                totals, learning_rates = totals + stats, learning_rates + learning_rate
+        updates = args.update_epochs * args.num_minibatches
+        metrics = dict(zip(names, (totals / updates).tolist()))
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise SystemExit(f"error: {name} is {value} at step {step}; {kept}")
@@ -758,7 +759,7 @@ def train(args):
             "losses/explained_variance": 1 - unexplained.item(),
             "charts/mean_return_100": mean_return,
             "charts/mean_length_100": mean_length,
-            "charts/learning_rate": learning_rate.item(),
+            "charts/learning_rate": (learning_rates / updates).item(),
             "charts/std": agent.log_std.exp().mean().item(),
             "charts/SPS": sps,
             "time/rollout": update_start - rollout_start,

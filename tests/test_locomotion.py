@@ -286,7 +286,7 @@ def test_what_is_shared_with_the_continuous_scripts_is_the_same_text(script, oth
 TABLE = dict(num_steps=24, num_minibatches=4, gamma=0.99, gae_lambda=0.95, lr_schedule="adaptive", desired_kl=0.01)
 TABLE |= dict(learning_rate=1e-3, max_grad_norm=1.0, hidden_sizes=(512, 256, 128), norm_obs=False)
 TABLE2 = TABLE | dict(clip_coef=0.3, ent_coef=0.001, update_epochs=10, temperature=0.001, tv_coef=0.0)
-TABLE2 |= dict(value_coef=0.5, median_coef=0.5, norm_adv=False, clip_value_loss=False)
+TABLE2 |= dict(value_coef=0.5, median_coef=0.5, norm_adv=True, clip_value_loss=False)
 TABLE3 = TABLE | dict(
     clip_coef=0.2, ent_coef=0.01, update_epochs=5, value_coef=1.0, norm_adv=True, clip_value_loss=True
 )
@@ -298,7 +298,7 @@ def test_defaults_are_the_papers_tables():
     ours, theirs = ({x.name: x for x in y.dataclasses.fields(y.Args)} for y in (bpo, ppo))
     assert [name for name in ours if name in theirs] == list(theirs)
     different = {name for name, x in theirs.items() if (x.type, x.default) != (ours[name].type, ours[name].default)}
-    assert different == {"clip_coef", "ent_coef", "update_epochs", "value_coef", "norm_adv", "clip_value_loss"}
+    assert different == {"clip_coef", "ent_coef", "update_epochs", "value_coef", "clip_value_loss"}
     assert set(ours) - set(theirs) == {"temperature", "use_median", "median_coef", "tv_coef"}
 
 
