@@ -73,7 +73,7 @@ class Args:
     """gradient steps per pass over the rollout; they share its num_envs * num_steps samples"""
     update_epochs: int = 10
     """passes over the rollout per iteration"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-4
     """Adam's step size (the initial one if it is scheduled)"""
     lr_schedule: Literal["constant", "linear", "adaptive"] = "adaptive"
     """linear: to 0 at the last step; adaptive: follows --desired-kl as RSL-RL does (the paper's "ADP")"""
@@ -95,8 +95,8 @@ class Args:
     """alpha_1: weight of the plain total variation beside the advantage-weighted one (Eq. 16)"""
     norm_adv: bool = True
     """scale the rollout's advantages to a standard deviation of 1 (PPO centres them as well, BPO does not)"""
-    norm_obs: bool = False
-    """standardise observations with running statistics"""
+    norm_obs: bool = True
+    """standardise observations with running statistics; the paper does not: Isaac Lab's come scaled"""
     value_coef: float = 0.5
     """weight of the value loss (R - V)^2, w_1 in the paper"""
     clip_value_loss: bool = False
@@ -380,11 +380,14 @@ class RunningNormalizer(nn.Module):
 
 
 def mlp(inputs, outputs, args):
-    """Hidden layers of --hidden-sizes with ELU between them, and PyTorch's initial weights, as in RSL-RL."""
+    """Layers of --hidden-sizes with ELU between them, as in RSL-RL; the output starts near 0."""
     sizes, layers = [inputs, *args.hidden_sizes], []
     for before, after in zip(sizes, sizes[1:]):
         layers += [nn.Linear(before, after), nn.ELU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+    output = nn.Linear(sizes[-1], outputs)
+    nn.init.orthogonal_(output.weight, 0.01)
+    nn.init.zeros_(output.bias)
+    return nn.Sequential(*layers, output)
 
 
 class Agent(nn.Module):

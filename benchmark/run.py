@@ -275,7 +275,8 @@ def check_task(script, env_id, env_backend):
     """BadInput if the script cannot train on this task."""
     module = load_script(script)
     if hasattr(module, "make_envs"):
-        module.make_envs(module.Args(env_id=env_id, env_backend=env_backend), 1, 0)[0].close()
+        backend = {"env_backend": env_backend} if env_backend is not None else {}
+        module.make_envs(module.Args(env_id=env_id, **backend), 1, 0)[0].close()
 
 
 def check_table(table, keys, where):

@@ -284,7 +284,7 @@ def test_what_is_shared_with_the_continuous_scripts_is_the_same_text(script, oth
 
 # Table 2 and Table 3, rows Go1-Rough, and RSL-RL's settings where the tables are silent.
 TABLE = dict(num_steps=24, num_minibatches=4, gamma=0.99, gae_lambda=0.95, lr_schedule="adaptive", desired_kl=0.01)
-TABLE |= dict(learning_rate=1e-3, max_grad_norm=1.0, hidden_sizes=(512, 256, 128), norm_obs=False)
+TABLE |= dict(max_grad_norm=1.0, hidden_sizes=(512, 256, 128))
 TABLE2 = TABLE | dict(clip_coef=0.3, ent_coef=0.001, update_epochs=10, temperature=0.001, tv_coef=0.0)
 TABLE2 |= dict(value_coef=0.5, median_coef=0.5, norm_adv=True, clip_value_loss=False)
 TABLE3 = TABLE | dict(
