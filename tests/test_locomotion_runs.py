@@ -256,13 +256,14 @@ def test_film_is_a_video(tmp_path):
         pytest.skip("filming needs EGL")
     code = f"import sys; sys.path.insert(0, {str(Path(bpo.__file__).parent)!r}); import bpo_locomotion as bpo, torch; "
     code += "args = bpo.Args(env_id='Hopper-v4', device='cpu', hidden_sizes=(8,)); torch.manual_seed(0); "
-    code += f"bpo.film(bpo.Agent(11, 11, 3, args), args, bpo.Path({str(tmp_path)!r}))"
+    code += "agent = bpo.Agent(11, 11, 3, args); agent.policy[-1].bias.data.fill_(1.0); "  # falls over soon
+    code += f"bpo.film(agent, args, bpo.Path({str(tmp_path)!r}))"
     environment = {name: x for name, x in os.environ.items() if name != "MUJOCO_GL"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     import imageio
 
-    frames = list(imageio.get_reader(tmp_path / "episode.mp4"))
+    frames = [frame for frame in imageio.get_reader(tmp_path / "episode.mp4")]  # noqa: C416 (list() asks its length)
     assert len(frames) > 3 and frames[0].shape == (384, 512, 3)
     assert np.abs(frames[0].astype(float) - frames[-1]).mean() > 0.5 and frames[0].std() > 5  # something moves
 
