@@ -1,0 +1,91 @@
+"""Curves of locomotion runs from their metrics.csv: return, tracking, learning rate (Figure 8), ratios (Figure 7).
+
+    python benchmark/locomotion_curves.py runs/paper_locomotion/*__Go1JoystickRoughTerrain-v1__*/*/ --output OUTPUT
+
+writes curves.png and curves.csv: each metric's mean over the runs of a script, one line per script, and a light line
+per run. Unfinished runs are drawn as far as they are; the mean ends where the shortest run does.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+METRICS = {
+    "charts/mean_return_100": "return, last 100 episodes",
+    "charts/mean_length_100": "episode length",
+    "rewards/tracking_lin_vel": "tracking of the velocity",
+    "charts/learning_rate": "learning rate",
+    "losses/kl": "KL divergence, nats",
+    "ratio/high_mean": "mean ratio above 1",
+    "ratio/low_mean": "mean ratio below 1",
+    "ratio/out_of_bounds": "ratios out of bounds",
+    "charts/std": "standard deviation of actions",
+}
+
+
+@dataclass
+class Args:
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """run folders of one task"""
+    output: Path
+    """folder for curves.png and curves.csv"""
+    points: int = 200
+    """points per curve: each is the mean of the iterations around it"""
+
+
+def read_metrics(run_dir):
+    """The run's args.json and its metrics as columns, an array [iterations] each."""
+    about = json.loads((run_dir / "args.json").read_text())
+    names, *lines = (run_dir / "metrics.csv").read_text().splitlines()
+    return about, dict(zip(names.split(","), np.array([line.split(",") for line in lines], float).T))
+
+
+def smooth(steps, values, edges):
+    """Mean of the values between neighbouring edges; NaN where there is none."""
+    which, known = np.digitize(steps, edges) - 1, np.isfinite(values)
+    bins = [values[known & (which == i)] for i in range(len(edges) - 1)]
+    return np.array([x.mean() if len(x) else np.nan for x in bins])
+
+
+def main(args):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [read_metrics(folder) for folder in args.runs]
+    if len({about["args"]["env_id"] for about, _ in runs}) != 1:
+        sys.exit("error: give runs of one task")
+    edges = np.linspace(0, max(x["step"][-1] for _, x in runs) + 1, args.points + 1)
+    middles, rows = (edges[:-1] + edges[1:]) / 2, ["script,seeds,metric,step,mean"]
+    figure, axes = plt.subplots(3, 3, figsize=(13, 9), sharex=True)
+    for axis, (metric, title) in zip(axes.flat, METRICS.items()):
+        axis.set_title(title)
+        axis.set_yscale("log" if metric == "charts/learning_rate" else "linear")
+        for color, script in enumerate(sorted({about["script"] for about, _ in runs})):
+            columns = [x for about, x in runs if about["script"] == script and metric in x]
+            if not columns:
+                continue
+            each = np.array([smooth(x["step"], x[metric], edges) for x in columns])
+            axis.plot(middles, each.T, color=f"C{color}", alpha=0.25, linewidth=0.8)
+            mean = each.mean(0)
+            axis.plot(middles, mean, color=f"C{color}", label=f"{script} ({len(columns)})")
+            known = np.isfinite(mean)
+            rows += [f"{script},{len(each)},{metric},{s:.0f},{m:.5g}" for s, m in zip(middles[known], mean[known])]
+    axes[0, 0].legend()
+    for axis in axes[-1]:
+        axis.set_xlabel("environment steps")
+    figure.suptitle(runs[0][0]["args"]["env_id"])
+    figure.tight_layout()
+    args.output.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output / "curves.png", dpi=80)
+    (args.output / "curves.csv").write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
