@@ -290,7 +290,7 @@ def test_a_rollout_costs_its_bytes_and_no_more(tmp_path):
         assert dtype == "torch.uint8" and int(size) == steps * 8 * 4 * 84 * 84
         peaks[steps] = int(peak)
     more = (512 - 128) * 8 * 4 * 84 * 84
-    assert 0.8 * more < peaks[512] - peaks[128] < 1.2 * more, peaks
+    assert peaks[512] - peaks[128] < 1.2 * more, peaks  # one more copy of the frames as floats would be 5 times that
 
 
 @pytest.fixture(scope="module", params=BOTH.values(), ids=BOTH)
@@ -392,7 +392,9 @@ def test_two_processes_train_as_one_run(tmp_path):
     (run_dir / "args.json").write_text(json.dumps(about))
     assert bpo.train(bpo.Args(resume=str(run_dir), device="cpu")) == str(run_dir)
     resumed = read(run_dir / "metrics.csv")
-    assert comparable(resumed[: len(metrics)]) == comparable(metrics) and resumed[-1]["step"] >= 1200
+    for row, expected in zip(comparable(resumed), comparable(metrics)):
+        assert row == pytest.approx(expected, nan_ok=True)
+    assert len(resumed) > len(metrics) and resumed[-1]["step"] >= 1200
 
 
 def test_environments_split_over_processes_are_those_of_one(tmp_path, monkeypatch):
