@@ -221,29 +221,37 @@ def test_logged_rewards_are_means_over_real_steps():
     import envpool
 
     args = bpo.Args(env_id=GO1["env_id"], device="cpu")
-    envs, *sizes = bpo.make_envs(args, 2, 3)
-    raw = envpool.make(args.env_id, env_type="gymnasium", num_envs=2, seed=3)
+    envs, *sizes = bpo.make_envs(args, 6, 3)
+    raw = envpool.make(args.env_id, env_type="gymnasium", num_envs=6, seed=3)
     (obs, privileged), _ = envs.reset()
     state, _ = raw.reset()
     assert sizes == [48, 123, 12] and obs.dtype == torch.float32
     np.testing.assert_allclose(privileged, state["privileged_state"], rtol=1e-6)
     torch.manual_seed(0)
-    dones = 0
-    for _ in range(60):
-        actions = 3 * torch.randn(2, 12)
+    mixed = 0
+    for _ in range(80):
+        actions = 3 * torch.randn(6, 12)
         (obs, _), reward, terminated, truncated, logs = envs.step(actions)
         state, raw_reward, *ends, info = raw.step(actions.numpy().clip(-1, 1).astype(np.float64))
         np.testing.assert_allclose(obs, state["state"], rtol=1e-6)
         np.testing.assert_allclose(reward, raw_reward)
         np.testing.assert_array_equal(terminated | truncated, ends[0] | ends[1])
         real = info["elapsed_step"] > 0
-        dones += (~real).sum()
+        mixed += real.any() and not real.all()
         if real.any():
             assert logs["rewards/pose"] == pytest.approx(info["reward_pose"][real].mean())
-    assert dones > 0, "the robots must fall"
+    assert mixed > 0, "some robots must be reset while others walk"
 
 
-def test_memory_is_checked_before_making_environments(tmp_path):
+def test_memory_is_checked_before_making_environments(tmp_path, monkeypatch):
+    import envpool
+
+    def make(*args, num_envs, **options):
+        assert num_envs < 10, "this would take all of the machine's memory"
+        return original(*args, num_envs=num_envs, **options)
+
+    original = envpool.make
+    monkeypatch.setattr(envpool, "make", make)
     with pytest.raises(bpo.BadInput, match=r"need .* GB, but .* GB are free: pass --num-envs \d+ or less") as error:
         train(bpo, tmp_path / "out", **GO1 | dict(num_envs=40_000))
     fits, free = (float(re.search(x, str(error.value)).group(1)) for x in (r"envs (\d+)", r"but ([\d.]+) GB"))
