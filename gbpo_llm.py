@@ -74,7 +74,7 @@ class Args:
     """completions that vote on the label with --reward majority; the first --group-size of them are trained on"""
     seed: int = 1
     """seed of the initial weights, the prompts, the sampling and the minibatches"""
-    total_timesteps: int = 40_960
+    total_timesteps: int = 81_920
     """completions to sample for training"""
     num_prompts: int = 64
     """prompts per iteration, all processes together"""
@@ -756,12 +756,12 @@ def make_minibatches(model, reference, groups, args):
     low, high = ratio_bounds(args)
     rewards = torch.stack([group["rewards"] for group in groups])
     both = group_advantages(rewards, (high - 1) / (high - low), args.scale_rewards)
+    advantages, median_advantages = (x.flatten().float().to(model.device) for x in both)
     size, responses, minibatches = args.minibatch_prompts // WORLD_SIZE, args.minibatch_prompts * args.group_size, []
     for start in range(0, len(groups), size):
         part = groups[start : start + size]
         prompts = [group["problem"]["ids"] for group in part for _ in group["completions"]]
         completions, sampled = ([x for group in part for x in group[name]] for name in ("completions", "log_probs"))
-        advantages, median_advantages = (x[start : start + size].flatten().float().to(model.device) for x in both)
         keep = 1 - torch.cat([x["truncated"] for x in part]).float() * args.mask_truncated
         tokens = (keep * torch.tensor([len(x) for x in completions])).sum().to(model.device)
         tokens = max(1.0, reduce(tokens).item())
@@ -773,9 +773,11 @@ def make_minibatches(model, reference, groups, args):
         for rows in parts:
             batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], 0, model.device)
             batch["mask"] *= keep[rows, None].to(model.device)
-            shape = args.aggregation, responses, tokens, args.max_completion_length
-            batch |= {"weights": token_weights(batch["mask"], *shape), "tokens": tokens}
-            batch |= {"advantages": advantages[rows], "median_advantages": median_advantages[rows]}
+            counts = responses, tokens, args.max_completion_length
+            batch |= {"weights": token_weights(batch["mask"], args.aggregation, *counts), "tokens": tokens}
+            places = [start * args.group_size + i for i in rows]
+            batch["advantages"] = advantages[places]
+            batch["median_advantages"] = median_advantages[places]
             with torch.no_grad():
                 batch["old_log_probs"], _ = token_log_probs(model, batch, args.sampling_temperature)
                 if reference:
