@@ -909,7 +909,7 @@ def train(args):
         reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
     layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if args.fsdp:
         for layer in layers:
             fully_shard(layer)

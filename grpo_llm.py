@@ -109,7 +109,7 @@ class Args:
     tau_neg: float = 1.05
     """sapo's temperature for negative advantages"""
     scale_rewards: Literal["unbiased", "biased", "none"] = "unbiased"
-    """divide by the group's std + 1e-6 with n - 1 (authors, TRL), by sqrt(var + 1e-6) with n, or not at all; dr_grpo: never"""
+    """divide by the group's std + 1e-6 with n - 1 (TRL), by sqrt(var + 1e-6) with n, or not; dr_grpo never does"""
     resample_rounds: int = 10
     """dapo: draws of new prompts, per iteration and at most, to replace groups whose rewards are all equal"""
     mask_truncated: bool = False
@@ -566,7 +566,7 @@ def grpo_loss(log_ratio, advantage, mask, args):
 
 
 def dr_grpo_loss(log_ratio, advantage, mask, args):
-    """Dr. GRPO: the same surrogate, Eq. 99, of advantages that keep their scale, Eq. 98; a constant divisor, Eq. 100."""
+    """Dr. GRPO: the same surrogate, Eq. 99, of advantages in units of reward, Eq. 98; a constant divisor, Eq. 100."""
     return grpo_loss(log_ratio, advantage, mask, args)
 
 
@@ -576,14 +576,14 @@ def dapo_loss(log_ratio, advantage, mask, args):
 
 
 def gspo_loss(log_ratio, advantage, mask, args):
-    """GSPO: the response's geometric mean ratio, Eq. 107, clipped as a whole, Eq. 109; the same for each of its tokens."""
+    """GSPO: the clipped geometric mean of the response's ratios, Eq. 107 and 109; the same for all its tokens."""
     mean_log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return grpo_loss(mean_log_ratio, advantage, mask, args).expand_as(mask)
 
 
 def sapo_loss(log_ratio, advantage, mask, args):
     """SAPO: a soft gate in place of the clip, Eq. 117-119, narrower for negative advantages, Eq. 118."""
-    tau = torch.where(advantage > 0, args.tau_pos, args.tau_neg)
+    tau = torch.full_like(advantage, args.tau_neg).masked_fill(advantage > 0, args.tau_pos)
     return -4 / tau * torch.sigmoid(tau * (log_ratio.exp() - 1)) * advantage
 
 
@@ -925,7 +925,7 @@ def train(args):
         reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
     layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if args.fsdp:
         for layer in layers:
             fully_shard(layer)
