@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -269,7 +270,7 @@ def encode(prompt, args, tokenizer):
 def addition_problems(args, tokenizer):
     """All sums of two numbers from 10 to 99, in random order; the first 500 are held out: two lists of problems."""
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(pairs), generator=make_generator("addition")).tolist()
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in (pairs[i] for i in order)]
     ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
     problems = [
@@ -338,7 +339,8 @@ def true_rewards(problems, texts, args):
     """Rewards [P, G] of P groups of G texts, by --reward-fn or the true answers, and no statistics."""
     if args.reward_fn:
         each = [problem for problem, group in zip(problems, texts) for _ in group]
-        columns = {k: [x["row"].get(k) for x in each] for k in problems[0]["row"] if k not in ("prompt", "completion")}
+        names = dict.fromkeys(name for problem in problems for name in problem["row"] if name != "prompt")
+        columns = {name: [problem["row"].get(name) for problem in each] for name in names}
         flat = [text for group in texts for text in group]
         rewards = load_function(args.reward_fn)(prompts=[x["prompt"] for x in each], completions=flat, **columns)
         return torch.tensor(rewards, dtype=torch.float64).view(len(texts), -1), {}
@@ -413,7 +415,7 @@ def make_model(args, device):
 def warm_up(model, tokenizer, problems, args):
     """Supervised learning of the built-in model on right answers, until its samples are right often enough."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = make_generator("supervised", args.seed)
     answers = tokenizer([problem["row"]["answer"] + "<eos>" for problem in problems])["input_ids"]
     accuracy, step = 0.0, 0
     while accuracy < args.warmup_accuracy and not STOP:
@@ -715,10 +717,15 @@ def sample(model, engine, tokenizer, args, prompts, uniforms, temperature, top_p
     return completions, log_probs, texts, lengths, truncated
 
 
+def make_generator(*purpose):
+    """A source of random numbers that a purpose and numbers determine: nothing else needs to be saved for a resume."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(purpose).encode()))
+
+
 def draw(size, first, count, seed):
     """Numbers `first` to first + count of an endless sequence that goes through range(size) in ever new orders."""
     epochs = range(first // size, (first + count - 1) // size + 1)
-    orders = [torch.randperm(size, generator=torch.Generator().manual_seed(seed * 2**32 + epoch)) for epoch in epochs]
+    orders = [torch.randperm(size, generator=make_generator("problems", seed, epoch)) for epoch in epochs]
     return torch.cat(orders)[first - epochs[0] * size :][:count]
 
 
@@ -730,7 +737,7 @@ def rollout(sampler, problems, drawn, args):
     vote = args.reward == "majority" and not args.reward_fn
     copies, minibatches = args.num_votes if vote else args.group_size, args.num_prompts // args.minibatch_prompts
     rows = share(draw(len(problems), drawn, args.num_prompts, args.seed), minibatches).tolist()
-    problems, generator = [problems[i] for i in rows], torch.Generator().manual_seed(args.seed * 2**32 + drawn)
+    problems, generator = [problems[i] for i in rows], make_generator("completions", args.seed, drawn)
     uniforms = torch.rand(args.num_prompts, copies, args.max_completion_length, generator=generator)
     sampled = sampler(problems, share(uniforms, minibatches), args.sampling_temperature, 1.0)
     completions, log_probs, texts, lengths, truncated = sampled
@@ -791,7 +798,7 @@ def make_minibatches(model, reference, groups, args):
 
 def evaluate(sampler, problems, args):
     """pass@1, maj@k, mean length and fraction cut off, on held-out problems, with the same noise every time."""
-    problems, generator = problems[: args.eval_problems], torch.Generator().manual_seed(0)
+    problems, generator = problems[: args.eval_problems], make_generator("evaluation")
     uniforms = torch.rand(len(problems), args.eval_samples, args.max_completion_length, generator=generator)
     mine, sums = problems[RANK::WORLD_SIZE], torch.zeros(4)
     if mine:
@@ -914,8 +921,6 @@ def train(args):
         for layer in layers:
             fully_shard(layer)
         fully_shard(model)
-        for module in [*layers, model]:
-            module.set_gradient_divide_factor(1.0)  # sum over processes, not mean
     parameters = [x for x in model.parameters() if x.requires_grad]
     masters = [x.detach().float() for x in parameters]  # of a float32 model: the parameters themselves
     optimizer = torch.optim.AdamW(masters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -943,6 +948,10 @@ def train(args):
                 (run_dir / name).write_text(header)
             elif name.endswith(".csv"):
                 trim(run_dir / name, step)
+            else:
+                lines = [x for x in (run_dir / name).read_text().splitlines(keepends=True) if x.endswith("\n")]
+                lines = [x for x in lines if json.loads(x)["step"] <= step]
+                write_atomically(run_dir / name, "".join(lines).encode())
             files[name] = (run_dir / name).open("a")
         if args.track:
             import wandb
@@ -1004,7 +1013,7 @@ def train(args):
 
         schedule = {"constant": 1.0, "linear": 1 - step / args.total_timesteps}
         schedule["cosine"] = 0.5 + 0.5 * math.cos(math.pi * step / args.total_timesteps)
-        totals, count, generator = {}, 0, torch.Generator().manual_seed(args.seed * 2**32 + drawn)
+        totals, count, generator = {}, 0, make_generator("minibatches", args.seed, drawn)
         for layer in layers:
             layer.training = args.gradient_checkpointing  # transformers recomputes activations in training mode only
         for _ in range(args.update_epochs):
@@ -1016,7 +1025,8 @@ def train(args):
                         "grad_norm": totals.get("grad_norm", 0)
                     }
                 for x, master in zip(parameters, masters):
-                    master.grad = x.grad.float() if args.fsdp else reduce(x.grad.float())
+                    gradient = x.grad.float()  # FSDP has taken the mean over processes already
+                    master.grad = gradient * WORLD_SIZE if args.fsdp else reduce(gradient)
                     x.grad = None
                 updates, count = updates + 1, count + 1
                 learning_rate = (

@@ -135,7 +135,9 @@ def literal_objective(log_probs, entropy, batch, args, objective, responses):
 
 CASES = [("gbpo", x) for x in ({}, {"aggregation": "token"}, {"aggregation": "constant", "clip_coef": 0.5})]
 CASES += [("gbpo", {"target_temperature": 0.3, "tv_coef": 0.2}), ("gbpo", {"kl_coef": 0.1, "ent_coef": 0.01})]
-CASES += [("gbpo", x | {"target_temperature": 0.1}) for x in ({"ratio_low": 0.0, "ratio_high": 4.0}, {"ratio_low": 0.7})]
+CASES += [
+    ("gbpo", x | {"target_temperature": 0.1}) for x in ({"ratio_low": 0.0, "ratio_high": 4.0}, {"ratio_low": 0.7})
+]
 CASES += [(x, {}) for x in OBJECTIVES] + [(x, {"kl_coef": 0.1, "ent_coef": 0.01, "clip_coef": 0.4}) for x in OBJECTIVES]
 CASES += [("dapo", {"ratio_low": 0.9, "ratio_high": 1.1}), ("sapo", {"tau_pos": 2.0, "tau_neg": 5.0})]
 
@@ -240,7 +242,9 @@ def new_groups(script, args, seed=0):
         completions = [torch.randint(2, 14, (n,), generator=generator).tolist() for n in lengths]
         rewards = (torch.arange(args.group_size) % 3 == 0).double()
         group = {"problem": {"ids": PROMPTS[i % 3]}, "completions": completions, "rewards": rewards}
-        groups.append(group | {"log_probs": [None] * args.group_size, "truncated": (torch.tensor(lengths) == 4).double()})
+        groups.append(
+            group | {"log_probs": [None] * args.group_size, "truncated": (torch.tensor(lengths) == 4).double()}
+        )
     return groups
 
 
@@ -534,6 +538,17 @@ def test_text_shared_with_the_other_scripts_is_the_same():
     ours, theirs = definitions(gbpo), definitions(bpo)
     names = "BadInput ratio_bounds target_ratio policy_loss ratio_statistics write_atomically trim request_stop"
     assert not [name for name in names.split() if ours[name] != theirs[name]]
+
+
+@SCRIPTS
+def test_script_imports_no_file_of_this_project(script):
+    imported = set()
+    for node in ast.walk(ast.parse(Path(script.__file__).read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imported |= {x.name.split(".")[0] for x in node.names} | {
+                (getattr(node, "module", None) or "").split(".")[0]
+            }
+    assert not [name for name in imported if name and (ROOT / f"{name}.py").exists()]
 
 
 @SCRIPTS
