@@ -451,15 +451,17 @@ def collate(prompts, completions, pad, device):
     ids = [[pad] * (before - len(p)) + p + c + [pad] * (after - len(c)) for p, c in rows]
     mask = [[0] * (before - len(p)) + [1] * len(p + c) + [0] * (after - len(c)) for p, c in rows]
     ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-    return {"ids": ids, "attention_mask": mask, "mask": mask[:, before:].float()}
+    left_padded = min(map(len, prompts)) < before
+    return {"ids": ids, "attention_mask": mask, "mask": mask[:, before:].float(), "left_padded": left_padded}
 
 
 def token_log_probs(model, batch, temperature, entropy_gradient=False):
     """Log-probability and entropy of each completion token under the policy, in float32 and nats: [B, T], [B, T]"""
     length = batch["mask"].shape[1]
-    inputs = dict(input_ids=batch["ids"], attention_mask=batch["attention_mask"])
-    inputs |= dict(position_ids=positions(batch["attention_mask"]), use_cache=False, logits_to_keep=length + 1)
-    log_probs = (model(**inputs).logits[:, :-1].float() / temperature).log_softmax(-1)
+    ids, mask = batch["ids"][:, :-1], batch["attention_mask"][:, :-1]
+    inputs = dict(position_ids=positions(mask), use_cache=False, logits_to_keep=length)
+    inputs["attention_mask"] = mask if batch["left_padded"] else None  # causal attention sees no padding on the right
+    log_probs = (model(ids, **inputs).logits.float() / temperature).log_softmax(-1)
     chosen = log_probs.gather(-1, batch["ids"][:, -length:, None]).squeeze(-1)
     log_probs = log_probs if entropy_gradient else log_probs.detach()
     return chosen, -(log_probs.exp() * log_probs).sum(-1)
@@ -584,7 +586,10 @@ def token_weights(mask, aggregation, responses, tokens, max_length):
 
 
 def minibatch_loss(model, batch, args):
-    """A micro-batch's share of the objective and of its statistics; batch: a dict of tensors [B, T] and [B]."""
+    """A micro-batch's share of the objective and of its statistics, and the ratios of its tokens, in one dimension.
+
+    batch: a dict of tensors [B, T] and [B].
+    """
     log_probs, entropy = token_log_probs(model, batch, args.sampling_temperature, args.ent_coef > 0)
     log_ratio = (log_probs - batch["old_log_probs"]).clamp(-20, 20)
     ratio, advantages = log_ratio.exp(), batch["advantages"][:, None]
@@ -602,7 +607,7 @@ def minibatch_loss(model, batch, args):
         kl = difference.exp() - difference - 1  # k3
         loss, stats["kl"] = loss + args.kl_coef * kl, (mean * kl).sum()
     loss = (batch["weights"] * (loss - args.ent_coef * entropy)).sum()
-    return loss, {"loss": loss} | stats
+    return loss, {"loss": loss} | stats, ratio[batch["mask"] > 0]
 
 
 def ratio_statistics(ratio, low, high):
@@ -1017,10 +1022,12 @@ def train(args):
         for layer in layers:
             layer.training = args.gradient_checkpointing  # transformers recomputes activations in training mode only
         for _ in range(args.update_epochs):
+            ratios = []  # of this epoch: each minibatch's before its step
             for i in torch.randperm(len(minibatches), generator=generator).tolist():
                 for batch in minibatches[i]:
-                    loss, loss_stats = minibatch_loss(model, batch, args)
+                    loss, loss_stats, ratio = minibatch_loss(model, batch, args)
                     loss.backward()
+                    ratios.append(ratio.detach())
                     totals = {name: totals.get(name, 0) + x.detach() for name, x in loss_stats.items()} | {
                         "grad_norm": totals.get("grad_norm", 0)
                     }
@@ -1041,11 +1048,6 @@ def train(args):
         for layer in layers:
             layer.training = False
 
-        ratios = []
-        with torch.no_grad():
-            for batch in (batch for minibatch in minibatches for batch in minibatch):
-                log_probs, _ = token_log_probs(model, batch, args.sampling_temperature)
-                ratios.append((log_probs - batch["old_log_probs"]).exp()[batch["mask"] > 0])
         ratios = torch.cat(gather(torch.cat(ratios)))
         rewards, lengths = stats.pop("reward"), stats.pop("length")
         step += rewards.numel()

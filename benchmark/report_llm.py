@@ -96,7 +96,7 @@ def main(args):
         cells += [f"{outside:.1%}", ", ".join(f"{x:.2f}" for x in last)]
         table.append("| " + " | ".join(map(str, cells)) + " |")
     axes[0].set(title="held-out pass@1", xlabel="completions")
-    axes[1].set(title="largest ratio after an update", xlabel="completions", yscale="log")
+    axes[1].set(title="largest ratio in the last epoch", xlabel="completions", yscale="log")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)

@@ -152,7 +152,7 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
         aggregation = args.aggregation if objective == "gbpo" else script.AGGREGATIONS[objective]
         batch["weights"] = script.token_weights(batch["mask"], aggregation, 9, batch["tokens"], 7)
         monkeypatch.setattr(script, "token_log_probs", lambda *_, x=(log_probs, entropy): x)
-        loss, stats = script.minibatch_loss(None, batch, args)
+        loss, stats, ratios = script.minibatch_loss(None, batch, args)
         expected = literal_objective(log_probs, entropy, batch, args, objective, 9)
         torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
         gradient, wanted = (torch.autograd.grad(x, log_probs)[0] for x in (loss, expected))
@@ -160,6 +160,7 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
         assert gradient.abs().sum() > 0 and not gradient[batch["mask"] == 0].any()
         low, high = script.ratio_bounds(args)
         ratio = (log_probs - batch["old_log_probs"]).exp()[batch["mask"] > 0]
+        assert torch.equal(ratios, ratio)
         outside = ((ratio < low) | (ratio > high)).sum().item()
         assert 0 < outside or high > 3
         assert stats["clip_ratio/region_mean"].item() == pytest.approx(outside / batch["tokens"])
@@ -191,7 +192,7 @@ def test_losses_equal_those_of_trl(objective, monkeypatch):
     counts = len(mask), mask.sum().item(), RECORDED["max_completion_length"]
     batch["weights"] = grpo.token_weights(mask, grpo.AGGREGATIONS[objective], *counts)
     monkeypatch.setattr(grpo, "token_log_probs", lambda *_: (log_probs, torch.zeros_like(log_probs)))
-    loss, _ = grpo.minibatch_loss(None, batch, args)
+    loss, *_ = grpo.minibatch_loss(None, batch, args)
     assert loss.item() == pytest.approx(recorded["loss"], rel=1e-5)
     gradient = torch.autograd.grad(loss, log_probs)[0]
     torch.testing.assert_close(gradient, torch.tensor(recorded["gradient"]).double(), rtol=1e-5, atol=1e-8)
@@ -264,8 +265,8 @@ def test_first_ratios_are_exactly_one(script, overrides, dtype):
     for batch in (x for minibatch in minibatches for x in minibatch):
         log_probs, _ = script.token_log_probs(model, batch, args.sampling_temperature)
         assert log_probs.requires_grad and torch.equal(log_probs, batch["old_log_probs"])
-        _, stats = script.minibatch_loss(model, batch, args)
-        assert stats["losses/approx_kl"] == 0 and stats["clip_ratio/region_mean"] == 0
+        _, stats, ratios = script.minibatch_loss(model, batch, args)
+        assert (ratios == 1).all() and stats["losses/approx_kl"] == 0 and stats["clip_ratio/region_mean"] == 0
 
 
 @SCRIPTS
@@ -280,7 +281,7 @@ def test_micro_batches_add_up_to_the_minibatch(script, overrides):
         total = 0.0
         for batch in minibatch:
             batch["old_log_probs"] = batch["old_log_probs"] - 0.1  # away from the kink at ratio 1
-            loss, _ = script.minibatch_loss(model, batch, args)
+            loss, *_ = script.minibatch_loss(model, batch, args)
             loss.backward()
             total += loss.item()
         norms = torch.cat([x.grad.flatten() for x in model.parameters()])
