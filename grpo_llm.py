@@ -531,10 +531,10 @@ def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, 
     import vllm
 
     weights = ((k, x.full_tensor() if isinstance(x, DTensor) else x) for k, x in model.state_dict().items())
-    engine.llm_engine.model_executor.driver_worker.model_runner.model.load_weights(weights)
+    engine.apply_model(lambda theirs: theirs.load_weights(weights))
     engine.reset_prefix_cache()
     settings = dict(n=copies, temperature=temperature, top_p=top_p, max_tokens=limit, logprobs=0)
-    settings = vllm.SamplingParams(**settings, stop_token_ids=stop_ids, detokenize=False)
+    settings = vllm.SamplingParams(**settings, stop_token_ids=sorted(stop_ids), detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
     samples = [sample for output in outputs for sample in output.outputs]
     log_probs = [[x[token].logprob for token, x in zip(s.token_ids, s.logprobs)] for s in samples]
@@ -930,6 +930,8 @@ def train(args):
         run_dir = folders[0]
         if not args.model:
             say(f"supervised learning of the built-in model: {warm_up(model, tokenizer, problems, args)} steps")
+            if STOP:
+                raise SystemExit("stopped before the first iteration: there is nothing to resume")
             save_model(model, tokenizer, run_dir / "initial_model")
     reference = None
     if args.kl_coef:
@@ -937,7 +939,7 @@ def train(args):
         reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
     layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.fsdp:
         for layer in layers:
             fully_shard(layer)

@@ -259,7 +259,7 @@ def test_first_ratios_are_exactly_one(script, overrides, dtype):
     minibatches = script.make_minibatches(model, None, new_groups(script, args), args)
     assert len(minibatches) == 2 and len(minibatches[0]) > bool(args.micro_batch_tokens < 100)
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.modules():
             layer.training = isinstance(layer, script.GradientCheckpointingLayer)
     for batch in (x for minibatch in minibatches for x in minibatch):

@@ -227,6 +227,14 @@ def test_a_resumed_run_equals_an_undisturbed_one(script, warmed, warmed_run, tmp
     assert steady(read(run_dir / "metrics.csv")) == steady(read(undisturbed / "metrics.csv"))
 
 
+def test_a_run_stopped_in_its_supervised_phase_leaves_nothing_to_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(gbpo, "STOP", [signal.SIGTERM])
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        train(gbpo, tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    assert not (run_dir / "checkpoint.pt").exists()
+
+
 def test_resume_takes_no_other_settings(run):
     with pytest.raises(gbpo.BadInput, match="leave out --learning-rate"):
         gbpo.train(gbpo.Args(resume=str(run), learning_rate=1.0))
