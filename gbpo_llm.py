@@ -10,6 +10,7 @@ with its group's median. Without arguments it teaches a tiny transformer, made h
 What differs from the sibling, grpo_llm.py:
 1. target_ratio: the optimal ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
 2. policy_loss: the distance of the ratio from that target, weighted by abs(advantage) (section 4.5), not a clip.
+3. group_advantages: measured from the group's median as well, for the target.
 """
 
 import dataclasses
