@@ -105,7 +105,7 @@ class Run:
         return [path for path in found if all((path / name).exists() for name in holding)]
 
     def complete(self):
-        return bool(self.folders("agent.pt", "evaluation.json"))
+        return any(self.folders(agent, "evaluation.json") for agent in ("agent.pt", "model"))
 
     def command(self):
         """The command that starts the run, or that resumes it if there is a checkpoint."""
@@ -195,7 +195,8 @@ class Run:
                 names = file.readline().decode().strip().split(",")
                 file.seek(max(file.tell(), file.seek(0, os.SEEK_END) - 4096))
                 row = dict(zip(names, file.read().split(b"\n")[-2].decode().split(",")))
-            return int(row["step"]), float(row["charts/SPS"]), float(row["charts/mean_return_100"])
+            mean_return = row["charts/mean_return_100"] if "charts/mean_return_100" in row else row["reward"]
+            return int(row["step"]), float(row["charts/SPS"]), float(mean_return)
         except (OSError, IndexError, KeyError, ValueError):
             return 0, 0.0, math.nan
 

@@ -1,0 +1,46 @@
+"""benchmark/report_llm.py on made-up runs with known figures."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmark" / "report_llm.py"
+
+
+def make_run(folder, script, seed, accuracy, ratio, **own):
+    folder.mkdir(parents=True)
+    args = {"seed": seed, "clip_coef": 0.5, "update_epochs": 10, **own}
+    (folder / "args.json").write_text(json.dumps({"script": script, "args": args}))
+    (folder / "evaluations.csv").write_text(f"step,pass@1\n0,0.5\n20,{accuracy}\n")
+    rows = f"10,1.5,0.0\n20,{ratio},0.5\n"
+    (folder / "metrics.csv").write_text("step,ratio/max,ratio/out_of_bounds\n" + rows)
+    (folder / "evaluation.json").write_text("{}")
+    return str(folder)
+
+
+def test_report_gives_means_intervals_and_each_seed(tmp_path):
+    runs = [make_run(tmp_path / f"a{s}", "gbpo_llm", s, 0.6 + 0.1 * s, 2.0 + s) for s in (1, 2)]
+    runs += [make_run(tmp_path / "b", "grpo_llm", 1, 0.4, 9.0, objective="dr_grpo")]
+    (tmp_path / "unfinished").mkdir()
+    command = [sys.executable, str(SCRIPT), *runs, str(tmp_path / "unfinished"), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "skipped" in done.stderr and "not finished" in done.stderr
+    table = {x.split("|")[1].strip(): [c.strip() for c in x.split("|")[2:-1]] for x in done.stdout.splitlines()[2:]}
+    ours = table["GBPO (0.5, 10 epochs)"]
+    assert ours[:3] == ["2", "0.500", "0.750"] and ours[5:6] == ["3.50"] and ours[-2:] == ["25.0%", "0.70, 0.80"]
+    assert table["DR GRPO (0.5, 10 epochs)"][2] == "0.400" and table["DR GRPO (0.5, 10 epochs)"][5] == "9.00"
+    rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
+    assert rows[0] == "group,seed,step,pass@1,ratio_max,out_of_bounds" and len(rows) == 7
+    assert '"GBPO (0.5, 10 epochs)",2,20,0.8000,4,0.5' in rows
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+
+
+def test_no_finished_run_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path)])
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code == 2
+    assert "no finished run" in capsys.readouterr().err

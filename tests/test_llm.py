@@ -1,0 +1,579 @@
+"""The functions of gbpo_llm.py and grpo_llm.py against literal formulas, and the likeness of the two."""
+
+import ast
+import json
+import math
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bpo_continuous_action as bpo
+import gbpo_llm as gbpo
+import grpo_llm as grpo
+
+ROOT = Path(gbpo.__file__).parent
+SCRIPTS = pytest.mark.parametrize("script", [gbpo, grpo], ids=["gbpo", "grpo"])
+OBJECTIVES = ["grpo", "dr_grpo", "dapo", "gspo", "sapo"]
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+rewards_strategy = st.integers(2, 9).flatmap(
+    lambda g: st.lists(st.lists(st.sampled_from([0, 0.1, 0.3, 1]), min_size=g, max_size=g), min_size=1, max_size=4)
+)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The built-in model without its supervised phase, and its tokenizer."""
+    return gbpo.make_model(gbpo.Args(), torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------- advantages
+
+
+def literal_deviation(group, scale):
+    mean = sum(group) / len(group)
+    squares = sum((x - mean) ** 2 for x in group)
+    return {
+        "unbiased": math.sqrt(squares / (len(group) - 1)) + 1e-6,
+        "biased": math.sqrt(squares / len(group) + 1e-6),
+        "none": 1.0,
+    }[scale]
+
+
+def literal_median(group):
+    ordered, half = sorted(group), len(group) // 2
+    return ordered[half] if len(group) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+@quick
+@given(rewards_strategy, st.sampled_from(["unbiased", "biased", "none"]))
+def test_group_advantages_are_deviations_from_mean_and_median(rewards, scale):
+    """Even and odd groups, ties and equal rewards are all among the examples."""
+    tensor = torch.tensor(rewards, dtype=torch.float64)
+    advantages, median_advantages = gbpo.group_advantages(tensor, 0.5, scale)
+    assert torch.equal(grpo.group_advantages(tensor, scale), advantages)
+    for group, a, m in zip(rewards, advantages.tolist(), median_advantages.tolist()):
+        deviation = literal_deviation(group, scale)
+        if max(group) == min(group):
+            assert a == m == [0.0] * len(group)
+        else:
+            assert a == pytest.approx([(x - sum(group) / len(group)) / deviation for x in group], abs=1e-9)
+            assert m == pytest.approx([(x - literal_median(group)) / deviation for x in group], abs=1e-9)
+        assert sum(a) == pytest.approx(0, abs=1e-6)
+
+
+def test_an_even_group_split_in_half_has_its_median_in_the_middle():
+    _, median_advantages = gbpo.group_advantages(torch.tensor([[0.0, 0, 1, 1]]).double(), 0.5, "none")
+    assert median_advantages.tolist() == [[-0.5, -0.5, 0.5, 0.5]]
+
+
+def test_bounds_that_are_not_symmetric_compare_with_their_quantile():
+    """Corollary 4.7 with bounds 0 and 4: the best quarter is above the baseline (the cross-entropy method)."""
+    _, median_advantages = gbpo.group_advantages(torch.arange(9.0).double()[None], 0.75, "none")
+    target = gbpo.target_ratio(median_advantages, 0.0, 4.0, 1e-4)
+    assert target[0].round().tolist() == [0.0] * 6 + [1.0] + [4.0] * 2
+
+
+# ----------------------------------------------------------------------------------------------------------- objectives
+
+
+def random_batch(seed, rows=6, length=5):
+    """A micro-batch in float64 with padding, ratios on both sides of the bounds, and every kind of advantage."""
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = -torch.rand(rows, length, generator=generator, dtype=torch.float64) * 3
+    lengths = torch.randint(1, length + 1, (rows,), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length) < lengths[:, None]).double()
+    old = log_probs + 0.4 * torch.randn(rows, length, generator=generator, dtype=torch.float64)
+    reference = log_probs + 0.3 * torch.randn(rows, length, generator=generator, dtype=torch.float64)
+    advantages = torch.tensor([1.3, -0.7, 0.0, 0.2, -1.1, 2.0]).double()
+    medians = torch.tensor([1e-4, -2e-4, 0.0, 0.5, -0.5, 5e-5]).double()
+    batch = {"mask": mask, "old_log_probs": old, "ref_log_probs": reference, "tokens": mask.sum().item() + 4}
+    entropy = torch.rand(rows, length, generator=generator, dtype=torch.float64)
+    return log_probs.requires_grad_(), entropy, batch | {"advantages": advantages, "median_advantages": medians}
+
+
+def literal_objective(log_probs, entropy, batch, args, objective, responses):
+    """The loss, token by token, from the paper (GBPO) or the alignment text (all else)."""
+    loss = 0.0
+    for i in range(len(log_probs)):
+        length = int(batch["mask"][i].sum())
+        advantage, median = batch["advantages"][i].item(), batch["median_advantages"][i].item()
+        log_ratios = [log_probs[i, t] - batch["old_log_probs"][i, t] for t in range(length)]
+        low = 1 - args.clip_coef if args.ratio_low is None else args.ratio_low
+        wide = 1.4 if objective == "dapo" else 1
+        high = 1 + wide * args.clip_coef if args.ratio_high is None else args.ratio_high
+        for t in range(length):
+            ratio = torch.exp(log_ratios[t])
+            if objective == "gspo":
+                ratio = torch.exp(sum(log_ratios) / length)  # Eq. 107
+            if objective == "gbpo" and args.ratio_low is args.ratio_high is None:  # section 4.5
+                target = 1 + args.clip_coef * math.tanh(median / (2 * args.target_temperature))
+                term = abs(target - ratio) * (abs(advantage) + args.tv_coef)
+            elif objective == "gbpo":  # Corollary 4.7
+                odds = (high - 1) / (1 - low) * math.exp(-median / args.target_temperature)
+                term = abs(low + (high - low) / (1 + odds) - ratio) * (abs(advantage) + args.tv_coef)
+            elif objective == "sapo":  # Eq. 117, 118
+                tau = args.tau_pos if advantage > 0 else args.tau_neg
+                term = -4 / tau / (1 + torch.exp(-tau * (ratio - 1))) * advantage
+            else:  # Eq. 96, 99, 101, 109
+                term = -min(ratio * advantage, min(max(ratio, low), high) * advantage)
+            if args.kl_coef:
+                difference = batch["ref_log_probs"][i, t] - log_probs[i, t]
+                term = term + args.kl_coef * (torch.exp(difference) - difference - 1)
+            term = term - args.ent_coef * entropy[i, t]
+            aggregation = {"dapo": "token", "dr_grpo": "constant"}.get(objective, "response")
+            aggregation = args.aggregation if objective == "gbpo" else aggregation
+            divisor = {"response": length * responses, "token": batch["tokens"]}
+            loss = loss + term / divisor.get(aggregation, responses * args.max_completion_length)
+    return loss
+
+
+CASES = [("gbpo", x) for x in ({}, {"aggregation": "token"}, {"aggregation": "constant", "clip_coef": 0.5})]
+CASES += [("gbpo", {"target_temperature": 0.3, "tv_coef": 0.2}), ("gbpo", {"kl_coef": 0.1, "ent_coef": 0.01})]
+CASES += [
+    ("gbpo", x | {"target_temperature": 0.1}) for x in ({"ratio_low": 0.0, "ratio_high": 4.0}, {"ratio_low": 0.7})
+]
+CASES += [(x, {}) for x in OBJECTIVES] + [(x, {"kl_coef": 0.1, "ent_coef": 0.01, "clip_coef": 0.4}) for x in OBJECTIVES]
+CASES += [("dapo", {"ratio_low": 0.9, "ratio_high": 1.1}), ("sapo", {"tau_pos": 2.0, "tau_neg": 5.0})]
+
+
+@pytest.mark.parametrize("objective, overrides", CASES, ids=str)
+def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overrides, monkeypatch):
+    script = gbpo if objective == "gbpo" else grpo
+    own = {} if objective == "gbpo" else {"objective": objective}
+    args = script.Args(**own, **overrides, max_completion_length=7)
+    for seed in range(3):
+        log_probs, entropy, batch = random_batch(seed)
+        aggregation = args.aggregation if objective == "gbpo" else script.AGGREGATIONS[objective]
+        batch["weights"] = script.token_weights(batch["mask"], aggregation, 9, batch["tokens"], 7)
+        monkeypatch.setattr(script, "token_log_probs", lambda *_, x=(log_probs, entropy): x)
+        loss, stats, ratios = script.minibatch_loss(None, batch, args)
+        expected = literal_objective(log_probs, entropy, batch, args, objective, 9)
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+        gradient, wanted = (torch.autograd.grad(x, log_probs)[0] for x in (loss, expected))
+        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12)
+        assert gradient.abs().sum() > 0 and not gradient[batch["mask"] == 0].any()
+        low, high = script.ratio_bounds(args)
+        ratio = (log_probs - batch["old_log_probs"]).exp()[batch["mask"] > 0]
+        assert torch.equal(ratios, ratio)
+        outside = ((ratio < low) | (ratio > high)).sum().item()
+        assert 0 < outside or high > 3
+        assert stats["clip_ratio/region_mean"].item() == pytest.approx(outside / batch["tokens"])
+        kl = (ratio - 1 - ratio.log()).sum().item() / batch["tokens"]
+        assert stats["losses/approx_kl"].item() == pytest.approx(kl)
+
+
+def test_sapo_gate_is_sech_squared():
+    """Eq. 120, which lost a sech^2 in print: the derivative of the gate is 4 s (1 - s) = sech^2(tau (r - 1) / 2)."""
+    args = grpo.Args(objective="sapo", tau_pos=3.0)
+    ratio = torch.linspace(0.2, 3, 30, dtype=torch.float64, requires_grad=True)
+    loss = grpo.sapo_loss(ratio.log()[:, None], torch.ones(30, 1).double(), torch.ones(30, 1).double(), args)
+    gradient = torch.autograd.grad(-loss.sum(), ratio)[0]
+    torch.testing.assert_close(gradient, 1 / torch.cosh(3 * (ratio.detach() - 1) / 2) ** 2)
+
+
+RECORDED = json.loads((ROOT / "tests" / "trl_losses.json").read_text())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_equal_those_of_trl(objective, monkeypatch):
+    """Recorded from TRL by tests/record_trl_losses.py: loss and gradient."""
+    inputs, recorded = RECORDED["inputs"], RECORDED["losses"][objective]
+    tensors = {name: torch.tensor(x, dtype=torch.float64) for name, x in inputs.items()}
+    args = grpo.Args(objective=objective, ratio_high=RECORDED["high"], ratio_low=RECORDED["low"], kl_coef=0.05)
+    log_probs, mask = tensors["log_probs"].requires_grad_(), tensors["mask"]
+    batch = {"mask": mask, "tokens": mask.sum().item(), "advantages": tensors["advantages"]}
+    batch |= {"old_log_probs": tensors["old_log_probs"], "ref_log_probs": tensors["ref_log_probs"]}
+    counts = len(mask), mask.sum().item(), RECORDED["max_completion_length"]
+    batch["weights"] = grpo.token_weights(mask, grpo.AGGREGATIONS[objective], *counts)
+    monkeypatch.setattr(grpo, "token_log_probs", lambda *_: (log_probs, torch.zeros_like(log_probs)))
+    loss, *_ = grpo.minibatch_loss(None, batch, args)
+    assert loss.item() == pytest.approx(recorded["loss"], rel=1e-5)
+    gradient = torch.autograd.grad(loss, log_probs)[0]
+    torch.testing.assert_close(gradient, torch.tensor(recorded["gradient"]).double(), rtol=1e-5, atol=1e-8)
+
+
+@SCRIPTS
+def test_ratio_statistics_describe_each_side_of_one(script):
+    stats = script.ratio_statistics(torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5]), 0.6, 1.4)
+    assert stats["ratio/out_of_bounds"] == pytest.approx(2 / 5)
+    assert stats["ratio/high_mean"] == pytest.approx(1.2) and stats["ratio/low_mean"] == pytest.approx(0.8)
+
+
+# -------------------------------------------------------------------------------------------------- log-probabilities
+
+
+PROMPTS = [[5, 6, 12, 7, 13], [9, 12, 4, 13], [3, 3, 12, 8, 8, 13]]
+COMPLETIONS = [[4, 5, 1], [7, 1], [2, 3, 4, 1]]
+
+
+def test_padding_on_either_side_changes_nothing(tiny):
+    """Each row of a padded batch has the log-probabilities and entropies of the row alone, at temperature 0.7."""
+    model, _ = tiny
+    batch = gbpo.collate(PROMPTS, COMPLETIONS, 0, "cpu")
+    assert batch["ids"].shape == (3, 10) and batch["ids"][1].tolist() == [0, 0, 9, 12, 4, 13, 7, 1, 0, 0]
+    with torch.no_grad():
+        log_probs, entropies = gbpo.token_log_probs(model, batch, 0.7)
+        for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
+            expected = [logits[t].log_softmax(-1)[token].item() for t, token in enumerate(completion)]
+            assert log_probs[i, : len(completion)].tolist() == pytest.approx(expected, abs=1e-5)
+            expected = torch.distributions.Categorical(logits=logits).entropy()
+            torch.testing.assert_close(entropies[i, : len(completion)], expected, rtol=1e-4, atol=1e-5)
+            assert batch["mask"][i].tolist() == [1.0] * len(completion) + [0.0] * (4 - len(completion))
+
+
+def test_a_padding_token_within_a_completion_counts(tiny):
+    """Masks come from lengths, never from token numbers: a sampled <pad> is a token like any other."""
+    batch = gbpo.collate([[5, 13]], [[0, 0, 1]], 0, "cpu")
+    assert batch["mask"].tolist() == [[1, 1, 1]] and batch["attention_mask"].tolist() == [[1] * 5]
+
+
+def new_groups(script, args, seed=0):
+    """Groups as rollout makes them, with completions of different lengths and both rewards in each group."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for i in range(args.num_prompts):
+        lengths = torch.randint(1, 5, (args.group_size,), generator=generator).tolist()
+        completions = [torch.randint(2, 14, (n,), generator=generator).tolist() for n in lengths]
+        rewards = (torch.arange(args.group_size) % 3 == 0).double()
+        group = {"problem": {"ids": PROMPTS[i % 3]}, "completions": completions, "rewards": rewards}
+        groups.append(
+            group | {"log_probs": [None] * args.group_size, "truncated": (torch.tensor(lengths) == 4).double()}
+        )
+    return groups
+
+
+@SCRIPTS
+@pytest.mark.parametrize("overrides", [{}, {"micro_batch_tokens": 60}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_first_ratios_are_exactly_one(script, overrides, dtype):
+    """Old and new log-probabilities are equal bit for bit, so what GBPO's target leaves at 1 gets no gradient."""
+    args = script.Args(num_prompts=4, minibatch_prompts=2, group_size=5, dtype=dtype, **overrides)
+    model, _ = script.make_model(args, torch.device("cpu"))
+    minibatches = script.make_minibatches(model, None, new_groups(script, args), args)
+    assert len(minibatches) == 2 and len(minibatches[0]) > bool(args.micro_batch_tokens < 100)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.modules():
+            layer.training = isinstance(layer, script.GradientCheckpointingLayer)
+    for batch in (x for minibatch in minibatches for x in minibatch):
+        log_probs, _ = script.token_log_probs(model, batch, args.sampling_temperature)
+        assert log_probs.requires_grad and torch.equal(log_probs, batch["old_log_probs"])
+        _, stats, ratios = script.minibatch_loss(model, batch, args)
+        assert (ratios == 1).all() and stats["losses/approx_kl"] == 0 and stats["clip_ratio/region_mean"] == 0
+
+
+@SCRIPTS
+@pytest.mark.parametrize("overrides", [{}, {"mask_truncated": True}], ids=str)
+def test_micro_batches_add_up_to_the_minibatch(script, overrides):
+    """Loss and gradient do not depend on how a minibatch is cut, and truncated completions can be left out."""
+    results = []
+    for budget in (100_000, 40):
+        args = script.Args(num_prompts=3, minibatch_prompts=3, group_size=4, micro_batch_tokens=budget, **overrides)
+        model, _ = script.make_model(args, torch.device("cpu"))
+        (minibatch,) = script.make_minibatches(model, None, new_groups(script, args), args)
+        total = 0.0
+        for batch in minibatch:
+            batch["old_log_probs"] = batch["old_log_probs"] - 0.1  # away from the kink at ratio 1
+            loss, *_ = script.minibatch_loss(model, batch, args)
+            loss.backward()
+            total += loss.item()
+        norms = torch.cat([x.grad.flatten() for x in model.parameters()])
+        results.append((len(minibatch), total, norms))
+        tokens = sum(batch["mask"].sum().item() for batch in minibatch)
+        lengths = [len(c) for group in new_groups(script, args) for c in group["completions"]]
+        assert tokens == sum(x for x in lengths if x < 4 or not args.mask_truncated) == minibatch[0]["tokens"]
+    assert results[0][0] == 1 < results[1][0]
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-3, atol=1e-5)
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=20), st.integers(1, 99))
+def test_pack_keeps_every_row_once_and_the_budget(sizes, budget):
+    prompts, completions = ([[0] * n for n in x] for x in zip(*sizes))
+    parts = gbpo.pack(prompts, completions, budget)
+    assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
+    for part in parts:
+        longest = max(sizes[i][0] for i in part) + max(sizes[i][1] for i in part)
+        assert len(part) == 1 or len(part) * longest <= budget
+    assert len(gbpo.pack(prompts, completions, 10_000, len(sizes))) == len(sizes)
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+
+def literal_generation(model, prompt, uniforms, temperature, top_p, stop):
+    """One completion without a cache or a batch: the first token whose cumulative probability exceeds the noise."""
+    tokens = []
+    for u in uniforms.tolist():
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, -1].double() / temperature
+        probs = dict(enumerate(logits.softmax(-1).tolist()))
+        order = sorted(probs, key=probs.get, reverse=True) if top_p < 1 else list(probs)
+        if top_p < 1:
+            kept, mass = [], 0.0
+            for token in order:
+                if mass < top_p:
+                    kept.append(token)
+                mass += probs[token]
+            order = kept
+        target, mass = u * sum(probs[x] for x in order), 0.0
+        for token in order:
+            mass += probs[token]
+            if mass > target:
+                break
+        tokens.append(token)
+        if token in stop:
+            break
+    return tokens
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 0.9)])
+def test_generation_with_a_cache_equals_generation_without(tiny, temperature, top_p):
+    model, _ = tiny
+    uniforms, stop = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(3)), [1, 7]
+    expected = [
+        literal_generation(model, prompt, noise, temperature, top_p, stop)
+        for prompt, group in zip(PROMPTS, uniforms)
+        for noise in group
+    ]
+    assert len({len(x) for x in expected}) > 2, "completions must end at different times"
+    for batch_size in (1, 8, 100):
+        assert gbpo.generate(model, PROMPTS, uniforms, stop, temperature, top_p, batch_size) == expected
+
+
+def test_sampled_tokens_follow_the_probabilities():
+    logits = torch.tensor([2.0, 0.0, 1.0, -50.0, 1.5]).expand(20_000, 5)
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    for temperature, top_p, kept in ((1.0, 1.0, [0, 1, 2, 4]), (0.5, 1.0, [0, 1, 2, 4]), (1.0, 0.7, [0, 4])):
+        counts = torch.bincount(gbpo.sample_tokens(logits, uniforms, temperature, top_p), minlength=5)
+        probs = torch.zeros(5).index_copy(0, torch.tensor(kept), logits[0, kept].div(temperature).softmax(0))
+        assert ((counts / 20_000 - probs).abs() < 0.012).all()
+    edges = torch.tensor([0.0, 1 - 2**-24])
+    assert gbpo.sample_tokens(logits[:2], edges, 1.0, 1.0).tolist() == [0, 4]
+
+
+@quick
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 20))
+def test_draw_goes_through_all_problems_in_each_epoch(size, first, count):
+    whole = gbpo.draw(size, 0, first + count, 3).tolist()
+    assert gbpo.draw(size, first, count, 3).tolist() == whole[first:]
+    for epoch in range(len(whole) // size):
+        assert sorted(whole[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_shares_of_the_processes_make_the_whole(monkeypatch):
+    x, shares = torch.arange(24).view(12, 2), []
+    for rank in range(2):
+        monkeypatch.setattr(gbpo, "RANK", rank)
+        monkeypatch.setattr(gbpo, "WORLD_SIZE", 2)
+        shares.append(gbpo.share(x, 3))
+    for minibatch in range(3):  # of 4 prompts, 2 for each process
+        part = torch.cat([y[2 * minibatch : 2 * minibatch + 2] for y in shares])
+        assert torch.equal(part, x[4 * minibatch : 4 * minibatch + 4])
+
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [("142", 142), ("142.0", 142), (" -7 ", -7), ("+3", 3), ("1,234,567", 1234567), ("0.50", Fraction(1, 2))]
+    + [("3/4", Fraction(3, 4)), ("\\frac{3}{4}", Fraction(3, 4)), ("-\\dfrac{6}{8}", Fraction(-3, 4)), ("$12$", 12)]
+    + [("007", 7), ("5.", 5)]
+    + [(x, None) for x in ("", "x", "1e9", "1_000", "12,34", "--1", "1/0", "\\frac{1}{0}", "0x10", "nan", "inf", "1 2")]
+    + [(x, None) for x in ("٣", "１２", "²", "1/2/3", "1.2.3", "__import__('os')", "9**9**9", "\\frac{1}{2", "½")],
+)
+def test_parse_number(text, number):
+    assert gbpo.parse_number(text) == number
+
+
+@quick
+@given(st.integers(-(10**12), 10**12), st.integers(0, 6))
+def test_numbers_are_read_as_they_are_written(integer, decimals):
+    value = Fraction(integer, 10**decimals)
+    digits = f"{abs(integer):0{decimals + 1}d}"
+    sign = "-" if integer < 0 else ""
+    text = sign + (f"{digits[:-decimals]}.{digits[-decimals:]}" if decimals else digits)
+    assert gbpo.parse_number(text) == value and gbpo.parse_number(str(value)) == value
+    assert gbpo.parse_number(f"{integer:,}") == integer
+
+
+@quick
+@given(st.text(max_size=60))
+def test_any_text_is_a_number_or_none(text):
+    assert gbpo.parse_number(text) is None or isinstance(gbpo.parse_number(text), Fraction)
+    for reward in ("exact", "boxed", "majority"):
+        gbpo.extract_answer(text, reward)
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [("so \\boxed{42}.", 42), ("\\boxed{1} then \\boxed{2}", 2), ("\\boxed{\\frac{1}{2}}", Fraction(1, 2))]
+    + [("42", None), ("\\boxed{42", None), ("\\boxed{}", None), ("\\boxed{x=4}", None), ("\\boxed{{{4}}", None)],
+)
+def test_the_last_box_is_the_answer(text, answer):
+    assert gbpo.extract_answer(text, "boxed") == answer
+
+
+ABSURD = ["9" * 10**6, "\\boxed{" + "9" * 10**6 + "}", "\\boxed{" * 10**5, "{" * 10**6, "\\boxed{" + "{" * 10**6]
+ABSURD += ["\\boxed{1/0}", "1/0", "1" + ",000" * 10**5, "\\boxed{" + "٣" * 50 + "}", "-" * 10**6, " " * 10**6 + "1"]
+ABSURD += ["\\frac{" * 10**5, "1e999999999", "\\boxed{1e999999999}", "\0" * 10**6, "9" * 41, "0." + "1" * 10**6]
+
+
+def test_absurd_completions_cost_milliseconds_and_earn_nothing():
+    problem = {"number": Fraction(3)}
+    for reward in ("exact", "boxed", "majority"):
+        for text in ABSURD:
+            start = time.perf_counter()
+            rewards, _ = gbpo.true_rewards([problem], [[text]], gbpo.Args(reward=reward))
+            assert rewards.item() == 0 and time.perf_counter() - start < 0.05, text[:20]
+
+
+def test_majority_vote():
+    assert gbpo.majority_vote([None, 3, 2, 2, 3, None, None]) == 3  # a tie: the earliest
+    assert gbpo.majority_vote([None, None]) is None and gbpo.majority_vote([]) is None
+
+
+def test_majority_rewards_and_their_accuracy():
+    problems = [{"number": Fraction(5)}, {"number": Fraction(7)}, {"number": Fraction(1)}]
+    texts = [["5", "\\boxed{5}", "4", "x"], ["8", "8", "7", "8"], ["?", "", "1/0", "\\boxed{}"]]
+    rewards, stats = gbpo.majority_rewards(problems, texts, gbpo.Args(reward="majority"))
+    assert rewards.tolist() == [[1, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0]]
+    assert stats["ttrl/label_accuracy"].tolist() == [1, 0, 0]
+    assert stats["ttrl/majority_ratio"].tolist() == [0.5, 0.75, 0]
+    assert stats["ttrl/ground_truth_ratio"].tolist() == [0.5, 0.25, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------ problems
+
+ROWS = [{"prompt": "1+1=", "answer": "2", "source": "a"}, {"prompt": "2+2=", "answer": 4.0, "id": 7}]
+
+
+def write_rows(path, rows):
+    if path.suffix == ".parquet":
+        import datasets
+
+        datasets.Dataset.from_list([{"prompt": x["prompt"], "answer": str(x["answer"])} for x in rows]).to_parquet(path)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    else:
+        path.write_text(json.dumps(rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_problems_are_read_from_every_kind_of_file(tiny, tmp_path, suffix):
+    problems = gbpo.read_problems(write_rows(tmp_path / f"x{suffix}", ROWS), gbpo.Args(), tiny[1])
+    assert [x["number"] for x in problems] == [2, 4] and problems[0]["ids"] == [3, 12, 3, 13]
+
+
+def test_bad_rows_are_named_counted_and_left_out(tiny, tmp_path, capsys):
+    rows = [ROWS[0], {"answer": "3"}, {"prompt": "", "answer": "3"}, {"prompt": "1+2=", "answer": "three"}, 17]
+    rows += [{"prompt": "1" * 600, "answer": "1"}, {"prompt": "3+3=", "answer": None}, ROWS[1]]
+    path = write_rows(tmp_path / "x.json", rows)
+    assert len(gbpo.read_problems(path, gbpo.Args(), tiny[1])) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "6 of 8 rows left out" in line and "row 1 has no prompt" in line and "row 3 has no number" in line
+    assert len(gbpo.read_problems(path, gbpo.Args(reward_fn="a:b"), tiny[1])) == 4  # answers may be anything then
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "nonsense", "[" * 10**5, '[{"prompt": "a", "answer": "b"}]', ""])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_a_file_without_a_usable_row_is_bad_input(tiny, tmp_path, text, suffix):
+    (tmp_path / f"x{suffix}").write_text(text)
+    with pytest.raises(gbpo.BadInput) as error:
+        gbpo.read_problems(str(tmp_path / f"x{suffix}"), gbpo.Args(), tiny[1])
+    assert "\n" not in str(error.value)
+
+
+def test_addition_holds_problems_out(tiny):
+    train, held_out = gbpo.make_problems(gbpo.Args(), tiny[1])
+    assert (len(train), len(held_out)) == (7600, 500)
+    assert not {x["prompt"] for x in train} & {x["prompt"] for x in held_out}
+    for problem in train[:50]:
+        a, b = problem["prompt"].rstrip("=").split("+")
+        assert problem["number"] == int(a) + int(b) and tiny[1].decode(problem["ids"]) == problem["prompt"]
+
+
+# ------------------------------------------------------------------------------------------------------------ siblings
+
+
+def definitions(script):
+    """Source text of every top-level function and class."""
+    text = Path(script.__file__).read_text()
+    nodes = [x for x in ast.parse(text).body if isinstance(x, (ast.FunctionDef, ast.ClassDef))]
+    return {node.name: ast.get_source_segment(text, node) for node in nodes}
+
+
+# What may differ, and why.
+DIFFERENT = {
+    "Args": "GRPO's objectives, GBPO's target and aggregation",
+    "ratio_bounds": "DAPO's upper bound",
+    "check_args": "own options",
+    "group_advantages": "the median",
+    "token_weights": "equation numbers",
+    "minibatch_loss": "the objective",
+    "make_minibatches": "median advantages, the objective's aggregation",
+    "train": "dynamic sampling is DAPO's",
+}
+
+
+def test_what_the_siblings_share_is_the_same_text():
+    ours, theirs = definitions(gbpo), definitions(grpo)
+    assert set(ours) - set(theirs) == {"target_ratio", "policy_loss"}
+    assert set(theirs) - set(ours) == {f"{name}_loss" for name in OBJECTIVES}
+    assert {name for name in ours if name in theirs and ours[name] != theirs[name]} == set(DIFFERENT)
+    changed = [x for x in zip(ours["train"].splitlines(), theirs["train"].splitlines(), strict=True) if x[0] != x[1]]
+    assert len(changed) == 1 and "resample_rounds" in changed[0][1]
+
+
+def test_text_shared_with_the_other_scripts_is_the_same():
+    ours, theirs = definitions(gbpo), definitions(bpo)
+    names = "BadInput ratio_bounds target_ratio policy_loss ratio_statistics write_atomically trim request_stop"
+    assert not [name for name in names.split() if ours[name] != theirs[name]]
+
+
+@SCRIPTS
+def test_script_imports_no_file_of_this_project(script):
+    imported = set()
+    for node in ast.walk(ast.parse(Path(script.__file__).read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imported |= {x.name.split(".")[0] for x in node.names} | {
+                (getattr(node, "module", None) or "").split(".")[0]
+            }
+    assert not [name for name in imported if name and (ROOT / f"{name}.py").exists()]
+
+
+@SCRIPTS
+def test_every_option_has_a_help_text(script):
+    body = next(x for x in ast.parse(Path(script.__file__).read_text()).body if getattr(x, "name", "") == "Args").body
+    for field, text in zip(body[::2], body[1::2], strict=True):
+        assert isinstance(field, ast.AnnAssign) and isinstance(text.value.value, str), ast.unparse(field)
+
+
+@SCRIPTS
+@pytest.mark.parametrize(
+    "overrides, part",
+    [({"group_size": 1}, "--group-size must be at least 2"), ({"num_prompts": 10}, "--minibatch-prompts must divide")]
+    + [({"learning_rate": math.nan}, "--learning-rate"), ({"ratio_low": 1.0}, "the ratio's bounds")]
+    + [({"reward": "majority", "num_votes": 4}, "--num-votes"), ({"env_id": "Hopper-v4"}, "no built-in task")]
+    + [({"eval_top_p": 0.0}, "--eval-top-p"), ({"generator": "vllm"}, "needs a GPU"), ({"fsdp": True}, "torchrun")],
+)
+def test_bad_settings_are_named(script, overrides, part):
+    with pytest.raises(script.BadInput, match=part):
+        script.check_args(script.Args(**overrides))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@SCRIPTS
+def test_a_missing_gpu_is_named(script):
+    with pytest.raises(script.BadInput, match="there is no GPU"):
+        script.check_args(script.Args(device="cuda"))

@@ -1,0 +1,380 @@
+"""Real runs of gbpo_llm.py and grpo_llm.py: learning, files, resuming, real models, several processes, bad input."""
+
+import dataclasses
+import json
+import math
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import gbpo_llm as gbpo
+import grpo_llm as grpo
+
+BOTH = {"gbpo": gbpo, "grpo": grpo}
+SCRIPTS = pytest.mark.parametrize("script", BOTH.values(), ids=BOTH)
+SHORT = dict(num_prompts=16, minibatch_prompts=8, group_size=4, eval_problems=40, eval_samples=2, eval_interval=2)
+SHORT |= dict(total_timesteps=256, warmup_accuracy=0.05, device="cpu")  # four iterations
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A script run as __main__ in this process leaves its own handlers behind."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def train(script, folder, **settings):
+    return Path(script.train(script.Args(**{**SHORT, "output_dir": str(folder), **settings})))
+
+
+def read(path):
+    """The rows of a CSV file; fails on a half-written one."""
+    text = path.read_text()
+    assert text.endswith("\n")
+    header, *lines = text.splitlines()
+    rows = [line.split(",") for line in lines]
+    assert all(len(row) == len(header.split(",")) for row in rows)
+    return [dict(zip(header.split(","), map(float, row))) for row in rows]
+
+
+def steady(rows):
+    """Rows of metrics.csv without what depends on the clock."""
+    timed = ("tokens_per_second", "charts/SPS", "time/rollout", "time/update")
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows]
+
+
+def command_line(script, arguments, monkeypatch, capsys):
+    """Runs the script as __main__ in this process: its exit status and the lines it wrote to stderr."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(script.__file__, run_name="__main__")
+    return stop.value.code, capsys.readouterr().err.splitlines()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run of GBPO."""
+    return train(gbpo, tmp_path_factory.mktemp("short"))
+
+
+@pytest.fixture(scope="module")
+def warmed(tmp_path_factory):
+    """The folder of a model that adds right about once in three times."""
+    args, folder = gbpo.Args(warmup_accuracy=0.35), tmp_path_factory.mktemp("warmed") / "model"
+    model, tokenizer = gbpo.make_model(args, torch.device("cpu"))
+    gbpo.warm_up(model, tokenizer, gbpo.make_problems(args, tokenizer)[0], args)
+    gbpo.save_model(model, tokenizer, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def warmed_run(warmed, tmp_path_factory):
+    """A short run of GBPO that starts from the warmed model."""
+    return train(gbpo, tmp_path_factory.mktemp("short"), model=warmed)
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    """A file in TTRL's format."""
+    rows = [{"prompt": f"{a}+{b}=", "answer": f"{a + b}.0", "source": "sums", "id": a} for a, b in [(10, 11), (52, 49)]]
+    path = tmp_path_factory.mktemp("problems") / "TEST-TTT.json"
+    path.write_text(json.dumps(rows + [{"prompt": "9+9=", "answer": "eighteen"}]))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+@pytest.mark.slow
+@SCRIPTS
+def test_held_out_accuracy_rises(script, warmed, tmp_path):
+    settings = dict(num_prompts=64, minibatch_prompts=16, group_size=8, total_timesteps=12_800, model=warmed)
+    run_dir = train(script, tmp_path, **settings, eval_problems=200, eval_samples=4, eval_interval=25)
+    accuracies = [row["pass@1"] for row in read(run_dir / "evaluations.csv")]
+    assert accuracies[-1] > accuracies[0] + 0.06
+    rewards = [row["reward"] for row in read(run_dir / "metrics.csv")]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.05
+
+
+@pytest.mark.parametrize("objective", ["dr_grpo", "dapo", "gspo", "sapo"])
+def test_every_objective_trains(objective, warmed, tmp_path):
+    run_dir = train(grpo, tmp_path, objective=objective, model=warmed)
+    rows = read(run_dir / "metrics.csv")
+    assert all(math.isfinite(x) for row in rows for x in row.values()) and rows[-1]["ratio/max"] > 1
+    if objective == "dapo":  # new prompts are drawn in place of groups of equal rewards, and counted
+        assert rows[0]["step"] > 64 and (run_dir / "evaluation.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def test_metrics_are_complete_and_finite(run):
+    rows = read(run / "metrics.csv")
+    names = "step loss entropy grad_norm learning_rate reward reward_std frac_reward_zero_std tokens_per_second "
+    names += "clip_ratio/region_mean losses/approx_kl completions/mean_length completions/max_length charts/SPS "
+    names += "completions/clipped_ratio ratio/out_of_bounds ratio/high_mean ratio/high_std ratio/low_mean "
+    names += "ratio/low_std ratio/max ratio/min time/rollout time/update"
+    assert set(rows[0]) == set(names.split()) and all(math.isfinite(x) for row in rows for x in row.values())
+    assert [row["step"] for row in rows] == [64, 128, 192, 256]
+    for row in rows:
+        assert row["ratio/min"] <= row["ratio/low_mean"] <= 1 <= row["ratio/high_mean"] <= row["ratio/max"]
+        assert 0 < row["entropy"] < math.log(14) and row["loss"] >= 0 and row["grad_norm"] > 0
+    assert [row["learning_rate"] for row in rows] == pytest.approx([3e-4 * k / 20 for k in (2, 4, 6, 8)])
+
+
+def test_episodes_are_the_completions_and_agree_with_the_metrics(run):
+    episodes, metrics = read(run / "episodes.csv"), read(run / "metrics.csv")
+    assert len(episodes) == 256
+    for row in metrics:
+        own = [x for x in episodes if x["step"] == row["step"]]
+        rewards = np.array([x["return"] for x in own]).reshape(16, 4)
+        assert row["reward"] == pytest.approx(rewards.mean(), abs=1e-5)
+        assert row["reward_std"] == pytest.approx(rewards.std(1, ddof=1).mean(), abs=1e-5)
+        assert row["frac_reward_zero_std"] == pytest.approx((rewards.std(1) == 0).mean())
+        assert row["completions/mean_length"] == pytest.approx(np.mean([x["length"] for x in own]), abs=1e-4)
+
+
+def test_sample_completions_are_logged_with_their_rewards(run):
+    rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 and {row["step"] for row in rows} == {64, 128, 192, 256}
+    for row in rows:
+        assert row["reward"] == float(row["completion"] == row["answer"])  # a right sample has no other form here
+
+
+def test_tensorboard_has_every_metric_under_trls_names(run):
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert set(read(run / "metrics.csv")[0]) - {"step"} <= set(tags["scalars"])
+    assert {"reward", "frac_reward_zero_std", "eval/pass@1", "eval/maj@2"} <= set(tags["scalars"])
+    assert any("completions" in tag for tag in tags["tensors"])
+    found = [x.value for x in events.Scalars("reward")]
+    np.testing.assert_allclose(found, [row["reward"] for row in read(run / "metrics.csv")], rtol=1e-4)
+
+
+def test_args_json_carries_settings_and_versions(run):
+    about = json.loads((run / "args.json").read_text())
+    assert about["script"] == "gbpo_llm" and about["args"]["total_timesteps"] == 256
+    assert set(about["args"]) == {x.name for x in dataclasses.fields(gbpo.Args)}
+    assert about["versions"]["transformers"] == transformers.__version__
+
+
+def test_the_same_seed_gives_the_same_files(run, tmp_path):
+    again = train(gbpo, tmp_path)
+    for name in ("episodes.csv", "evaluations.csv", "completions.jsonl"):
+        assert (again / name).read_bytes() == (run / name).read_bytes()
+    assert steady(read(again / "metrics.csv")) == steady(read(run / "metrics.csv"))
+
+
+def test_another_seed_gives_other_files(warmed, warmed_run, tmp_path):
+    other = train(gbpo, tmp_path, model=warmed, seed=2)
+    assert (other / "episodes.csv").read_bytes() != (warmed_run / "episodes.csv").read_bytes()
+
+
+def test_final_model_loads_with_transformers_and_gives_the_evaluation(run, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    for x, saved in zip(model.parameters(), checkpoint["parameters"], strict=True):
+        assert torch.equal(x, saved)
+    assert tokenizer.decode(tokenizer("12+34=")["input_ids"]) == "12+34="
+    before = json.loads((run / "evaluation.json").read_text())
+    gbpo.main(gbpo.Args(evaluate=str(run), eval_problems=40, eval_samples=2, device="cpu"))
+    assert json.loads((run / "evaluation.json").read_text()) == before
+    assert before["pass@1"] == pytest.approx(read(run / "evaluations.csv")[-1]["pass@1"], abs=1e-6)
+    assert "pass@1" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------- resuming
+
+
+@SCRIPTS
+def test_a_resumed_run_equals_an_undisturbed_one(script, warmed, warmed_run, tmp_path, monkeypatch):
+    """Stopped by a signal after two iterations; rows that were written later are dropped."""
+    make_minibatches, calls = script.make_minibatches, []
+
+    def stop_in_the_second(*args):
+        calls.append(1)
+        script.STOP.extend([signal.SIGTERM] * (len(calls) == 2))
+        return make_minibatches(*args)
+
+    monkeypatch.setattr(script, "make_minibatches", stop_in_the_second)
+    with pytest.raises(SystemExit, match="stopped at step 128; go on with: python .* --resume"):
+        train(script, tmp_path, model=warmed)
+    script.STOP.clear()
+    (run_dir,) = tmp_path.iterdir()
+    assert not (run_dir / "evaluation.json").exists()
+    with (run_dir / "episodes.csv").open("a") as file:
+        file.write("192,1,3\n192,")
+    (run_dir / "completions.jsonl").open("a").write('{"step": 192}\n{"st')
+    assert script.train(script.Args(resume=str(run_dir), device="cpu")) == str(run_dir)
+    undisturbed = warmed_run if script is gbpo else train(script, tmp_path / "other", model=warmed)
+    for name in ("episodes.csv", "evaluations.csv", "completions.jsonl", "evaluation.json"):
+        assert (run_dir / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert steady(read(run_dir / "metrics.csv")) == steady(read(undisturbed / "metrics.csv"))
+
+
+def test_a_run_stopped_in_its_supervised_phase_leaves_nothing_to_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(gbpo, "STOP", [signal.SIGTERM])
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        train(gbpo, tmp_path)
+    (run_dir,) = tmp_path.iterdir()
+    assert not (run_dir / "checkpoint.pt").exists()
+
+
+def test_resume_takes_no_other_settings(run):
+    with pytest.raises(gbpo.BadInput, match="leave out --learning-rate"):
+        gbpo.train(gbpo.Args(resume=str(run), learning_rate=1.0))
+    with pytest.raises(grpo.BadInput, match="made by gbpo_llm"):
+        grpo.train(grpo.Args(resume=str(run)))
+
+
+def test_a_damaged_run_is_bad_input(run, tmp_path):
+    for name, content, part in (("checkpoint.pt", b"no", "checkpoint.pt"), ("args.json", b"{", "no readable run")):
+        shutil.copytree(run, damaged := tmp_path / name)
+        (damaged / name).write_bytes(content)
+        with pytest.raises(gbpo.BadInput, match=part):
+            gbpo.train(gbpo.Args(resume=str(damaged)))
+    with pytest.raises(gbpo.BadInput, match="pass the folder of a run"):
+        gbpo.train(gbpo.Args(resume=str(tmp_path / "nowhere")))
+
+
+# ---------------------------------------------------------------------------------------------------------- real models
+
+
+@pytest.mark.parametrize(
+    "script, own", [(gbpo, {"reward": "exact"}), (grpo, {"objective": "gspo", "reward": "majority"})]
+)
+def test_a_saved_model_and_a_file_in_ttrls_format(script, own, run, problems, tmp_path, capsys):
+    """The whole real-model path: bf16, gradient checkpointing, small micro-batches, KL, entropy bonus, lr schedule."""
+    settings = dict(model=str(run / "model"), dataset=problems, num_prompts=4, minibatch_prompts=2, num_votes=8)
+    settings |= dict(dtype="bfloat16", gradient_checkpointing=True, micro_batch_tokens=64, kl_coef=0.01, ent_coef=0.001)
+    settings |= dict(total_timesteps=96, lr_schedule="cosine", learning_rate=1e-3, lr_warmup=0)
+    settings |= {"aggregation": "token"} if script is gbpo else {}
+    run_dir = train(script, tmp_path, **settings, **own)
+    assert run_dir.name.startswith("TEST-TTT__") and "row 2 has no number" in capsys.readouterr().err
+    rows = read(run_dir / "metrics.csv")
+    assert rows[0]["kl"] >= 0 and rows[-1]["kl"] > 0 and rows[-1]["ratio/max"] != 1
+    assert all(math.isfinite(x) for row in rows for x in row.values())
+    assert rows[0]["learning_rate"] == pytest.approx(1e-3)
+    if own["reward"] == "majority":  # 8 votes, of which 4 are trained on
+        assert len(read(run_dir / "episodes.csv")) == 96 and rows[0]["step"] == 32
+        assert 0 <= rows[0]["ttrl/label_accuracy"] <= 1 and rows[0]["ttrl/majority_ratio"] == rows[0]["reward"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    assert model.dtype == torch.bfloat16
+    masters = torch.load(run_dir / "checkpoint.pt", weights_only=True)["parameters"]
+    for x, master in zip(model.parameters(), masters, strict=True):
+        assert master.dtype == torch.float32 and torch.equal(x, master.bfloat16())
+
+
+def test_a_reward_function_is_called_as_trl_calls_it(run, problems, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "calls = []\n"
+        "def short(prompts, completions, **columns):\n"
+        "    calls.append((prompts, completions, columns))\n"
+        "    return [1.0 / (1 + len(x)) for x in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    settings = dict(model=str(run / "model"), dataset=problems, num_prompts=4, minibatch_prompts=4, total_timesteps=16)
+    run_dir = train(gbpo, tmp_path, **settings, reward_fn="my_rewards:short")
+    calls = sys.modules["my_rewards"].calls
+    prompts, completions, columns = calls[1]  # the first is the evaluation's
+    assert len(prompts) == len(completions) == 16 and {len(x) for x in columns.values()} == {16}
+    assert set(columns) == {"answer", "source", "id"} and prompts[:4] == [prompts[0]] * 4
+    rewards = [1 / (1 + len(x)) for x in completions]
+    assert [x["return"] for x in read(run_dir / "episodes.csv")] == pytest.approx(rewards)
+
+
+def test_a_reward_that_is_not_finite_stops_the_run(run, problems, tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text(
+        "def f(prompts, completions, **columns):\n    return [float('nan') if len(x) else 0.0 for x in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="not a finite number"):
+        train(gbpo, tmp_path, model=str(run / "model"), dataset=problems, reward_fn="broken_rewards:f")
+    (run_dir,) = (x for x in tmp_path.iterdir() if x.name.startswith("TEST"))
+    assert (run_dir / "checkpoint.pt").exists() and not (run_dir / "evaluation.json").exists()
+
+
+def test_chat_template_wraps_the_prompt(run, problems, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "model")
+    args = gbpo.Args(model=str(run / "model"), chat_template=True, system_prompt="1", device="cpu")
+    with pytest.raises(gbpo.BadInput, match="no chat template"):
+        gbpo.make_model(args, torch.device("cpu"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}={% endfor %}{% if add_generation_prompt %}+{% endif %}"
+    )
+    assert tokenizer.decode(gbpo.encode("23", args, tokenizer)) == "1=23=+"
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def torchrun(processes, script, **settings):
+    """Runs the script under torchrun with this many processes on the CPU."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    flags = [f"--{k.replace('_', '-')}={v}" if v is not True else f"--{k}" for k, v in settings.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, script.__file__, *flags], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
+def test_two_processes_equal_one(warmed, warmed_run, tmp_path, fsdp):
+    """The same prompts, samples, minibatches and gradients: all but the last digits agree."""
+    done = torchrun(2, gbpo, **SHORT, model=warmed, output_dir=tmp_path, **{"fsdp": True} if fsdp else {})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run_dir,), run = tmp_path.iterdir(), warmed_run
+    assert (run_dir / "episodes.csv").read_bytes() == (run / "episodes.csv").read_bytes()
+    for two, one in zip(steady(read(run_dir / "metrics.csv")), steady(read(run / "metrics.csv")), strict=True):
+        assert two == pytest.approx(one, rel=2e-3, abs=1e-5)
+    assert json.loads((run_dir / "evaluation.json").read_text()) == json.loads((run / "evaluation.json").read_text())
+    models = [transformers.AutoModelForCausalLM.from_pretrained(x / "model") for x in (run, run_dir)]
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@SCRIPTS
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--group-size", "1"], "--group-size must be at least 2"),
+        (["--model", "/no/such"], "cannot load --model /no/such"),
+    ]
+    + [(["--dataset", "missing.json"], "cannot read missing.json"), (["--reward-fn", "nowhere:f"], "--reward-fn")]
+    + [(["--resume", "nowhere"], "pass the folder of a run"), (["--evaluate", "nowhere"], "pass the folder of a run")]
+    + [(["--output-dir", "/proc/none"], "choose another --output-dir"), (["--dataset", "empty.json"], "no usable row")],
+)
+def test_bad_input_is_one_line_and_status_2(script, arguments, part, monkeypatch, capsys, tmp_path):
+    (tmp_path / "empty.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+    code, lines = command_line(script, ["--device", "cpu", *arguments], monkeypatch, capsys)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
+    assert [x.name for x in tmp_path.iterdir()] == ["empty.json"]
+
+
+def test_vllm_is_imported_only_when_asked_for(monkeypatch):
+    """A None in sys.modules makes its import fail, as on a machine without it."""
+    assert "vllm" not in sys.modules and "trl" not in sys.modules
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(gbpo.BadInput, match="vLLM is not installed"):
+        gbpo.make_vllm(gbpo.Args(generator="vllm", model="x"))
