@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -190,7 +191,8 @@ def make_envs(args, num_envs, seed):
             close = ", ".join(difflib.get_close_matches(args.env_id, known, 3))
             hint = f"did you mean {close}?" if close else "try --env-backend gymnasium"
             raise BadInput(f"EnvPool has no task {args.env_id}: {hint}")
-        threads = min(num_envs, os.cpu_count())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = min(num_envs, cores)
         envs = envpool.make(args.env_id, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed)
         obs_space, action_space = envs.observation_space, envs.action_space
     else:
@@ -540,12 +542,15 @@ def train(args):
     parameters = list(agent.parameters())
     flat = nn.utils.parameters_to_vector(parameters).detach()
     nn.utils.vector_to_parameters(flat, parameters)
-    optimizer = torch.optim.Adam([flat], lr=torch.tensor(args.learning_rate), eps=1e-5, fused=True)
+    # Adam as a function: for small networks the optimizer object would cost more time than the arithmetic.
+    optimizer = {name: [torch.zeros_like(flat)] for name in ("exp_avgs", "exp_avg_sqs")}
+    optimizer |= {"state_steps": [torch.zeros(())], "lr": torch.tensor(args.learning_rate)}
+    adam_settings = dict(beta1=0.9, beta2=0.999, eps=1e-5, weight_decay=0.0, max_exp_avg_sqs=[], amsgrad=False)
     if checkpoint:
         load_agent(agent, checkpoint, run_dir)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer = checkpoint["optimizer"]
         torch.set_rng_state(checkpoint["rng_state"])
-    learning_rate = optimizer.param_groups[0]["lr"]
+    learning_rate = optimizer["lr"]
     gradient_function = minibatch_gradient
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True
@@ -573,13 +578,13 @@ def train(args):
     def save_checkpoint():
         writer.flush()
         state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict()}
-        state |= {"optimizer": optimizer.state_dict(), "rng_state": torch.get_rng_state()}
+        state |= {"optimizer": optimizer, "rng_state": torch.get_rng_state()}
         write_atomically(run_dir / "checkpoint.pt", to_bytes(state))
 
     if not checkpoint:
         save_checkpoint()
     obs = torch.zeros(num_steps + 1, num_envs, *obs_space.shape)
-    actions = torch.zeros(num_steps, num_envs, *action_space.shape)
+    actions, means = torch.zeros(2, num_steps, num_envs, *action_space.shape)
     rewards, valid = np.zeros((num_steps, num_envs)), np.zeros((num_steps, num_envs), bool)
     terminated, truncated = np.zeros_like(valid), np.zeros_like(valid)
     next_obs, _ = envs.reset()
@@ -602,7 +607,8 @@ def train(args):
             for t in range(num_steps):
                 valid[t] = ~done  # the step after an episode's end is a dummy that only resets the simulator
                 obs[t] = torch.from_numpy(next_obs)
-                actions[t] = agent.policy(agent.normalize(obs[t])) + noise[t]
+                means[t] = agent.policy(agent.normalize(obs[t]))
+                actions[t] = means[t] + noise[t]
                 next_obs, rewards[t], terminated[t], truncated[t], _ = envs.step(to_env(actions[t], action_space))
                 done = terminated[t] | truncated[t]
             obs[num_steps] = torch.from_numpy(next_obs)
@@ -635,7 +641,7 @@ def train(args):
 
         with torch.no_grad():
             inputs = agent.normalize(obs)
-            values, means, log_stds = agent.value(inputs), agent.policy(inputs[:-1]), agent.log_std.expand_as(actions)
+            values, log_stds = agent.value(inputs), agent.log_std.expand_as(actions)
             advantages, returns = compute_gae(
                 scaled_rewards, values, terminated, truncated, args.gamma, args.gae_lambda
             )
@@ -654,8 +660,8 @@ def train(args):
         for _ in range(args.update_epochs):
             order = rows[torch.randperm(len(rows))][places]
             for indices in order.view(minibatches, args.minibatch_size):
-                flat.grad, stats, names = gradient_function(agent, parameters, batch, indices, learning_rate, args)
-                optimizer.step()
+                gradient, stats, names = gradient_function(agent, parameters, batch, indices, learning_rate, args)
+                adam([flat], [gradient], **optimizer, **adam_settings, maximize=False, fused=True)
                 updates, totals = updates + 1, totals + stats
             if args.target_kl and stats[names.index("losses/approx_kl")] > args.target_kl:
                 break
