@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import submitit  # noqa: F401  configures logging, which would close the stream that rliable's absl takes hold of
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
