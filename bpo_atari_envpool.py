@@ -123,7 +123,7 @@ class Args:
     )
     """where the network and a rollout's frames are; by default on a GPU if there is one"""
     bf16: bool = False
-    """compute the trunk in bfloat16: about twice as fast on processors that have it (avx512_bf16, AMX) and on GPUs"""
+    """compute the trunk in bfloat16: faster on processors that have it (avx512_bf16, AMX) and on GPUs"""
     compile: bool = False
     """torch.compile the loss and its gradient: meant for GPUs, does not pay on a CPU"""
     cuda_graphs: bool = False

@@ -294,8 +294,7 @@ def minibatch_loss(agent, batch, args):
     advantages = batch["advantages"]
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    loss_function = policy_loss if args.objective == "clip" else spo_loss
-    pg_loss = loss_function(ratio, advantages, args.clip_coef).mean()
+    pg_loss = {"clip": policy_loss, "spo": spo_loss}[args.objective](ratio, advantages, args.clip_coef).mean()
     loss = pg_loss + args.value_coef * value_loss - args.ent_coef * entropy
     stats = {
         "losses/policy_loss": pg_loss,

@@ -101,12 +101,12 @@ def problems(tmp_path_factory):
 @pytest.mark.slow
 @SCRIPTS
 def test_held_out_accuracy_rises(script, warmed, tmp_path):
-    settings = dict(num_prompts=64, minibatch_prompts=16, group_size=8, total_timesteps=20_480, model=warmed)
-    run_dir = train(script, tmp_path, **settings, eval_problems=200, eval_samples=4, eval_interval=20)
+    settings = dict(num_prompts=64, minibatch_prompts=16, group_size=8, total_timesteps=40_960, model=warmed)
+    run_dir = train(script, tmp_path, **settings, eval_problems=200, eval_samples=4, eval_interval=40)
     accuracies = [row["pass@1"] for row in read(run_dir / "evaluations.csv")]
     assert accuracies[-1] > accuracies[0] + 0.06
     rewards = [row["reward"] for row in read(run_dir / "metrics.csv")]
-    assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 0.03
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 0.05
 
 
 @pytest.mark.parametrize("objective", ["dr_grpo", "dapo", "gspo", "sapo"])
