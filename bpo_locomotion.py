@@ -109,8 +109,8 @@ class Args:
     """widths of the hidden layers (ELU) of every network"""
     init_std: float = 0.35
     """initial standard deviation of the actions: 1.0 for mjlab and Isaac Lab, where actions are scaled down"""
-    matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """of float32 matrix products: high is TF32 on a GPU; medium allows bfloat16, and oneDNN on a CPU"""
+    matmul_precision: Literal["highest", "high", "medium"] = "medium"
+    """of float32 matrix products: medium is TF32 on a GPU, bfloat16 on a CPU with AMX, else float32 by oneDNN"""
     output_dir: str = "runs"
     """folder that receives this run's folder"""
     checkpoint_interval: int = 20

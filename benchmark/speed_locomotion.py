@@ -24,9 +24,9 @@ WARM_UP = 5  # iterations
 PROGRAMS = (
     "bpo_locomotion",
     "bpo_locomotion --update-epochs 5",
-    "bpo_locomotion --matmul-precision medium",
+    "bpo_locomotion --matmul-precision highest",
     "ppo_locomotion",
-    "ppo_locomotion --matmul-precision medium",
+    "ppo_locomotion --matmul-precision highest",
 )
 
 
