@@ -187,16 +187,14 @@ class Agent(nn.Module):
         super().__init__()
         self.bf16 = args.bf16
         self.first = orthogonal(nn.Conv2d(channels, 32, 8, stride=4))
-        self.trunk = nn.Sequential(
+        self.convolutions = nn.Sequential(
             nn.ReLU(inplace=True),
             orthogonal(nn.Conv2d(32, 64, 4, stride=2)),
             nn.ReLU(inplace=True),
             orthogonal(nn.Conv2d(64, 64, 3)),
             nn.ReLU(inplace=True),
-            nn.Flatten(),
-            orthogonal(nn.Linear(64 * 7 * 7, 512)),
-            nn.ReLU(inplace=True),
         )
+        self.dense = nn.Sequential(orthogonal(nn.Linear(7 * 7 * 64, 512)), nn.ReLU(inplace=True))
         width = 256 if args.heads == "mlp" else 512
 
         def hidden(inputs):
@@ -212,7 +210,8 @@ class Agent(nn.Module):
             # Bytes are exact in bfloat16, and dividing the weights by 255 is cheaper than dividing the frames.
             images = frames.permute(0, 3, 1, 2).to(torch.bfloat16 if self.bf16 else torch.float32)
             features = nn.functional.conv2d(images, self.first.weight / 255, self.first.bias, stride=4)
-            features = self.trunk(features)
+            # Flattened channels last, as they lie in memory: neither the features nor their gradient are rearranged.
+            features = self.dense(self.convolutions(features).permute(0, 2, 3, 1).flatten(1))
         features = features.float()
         value_features = self.value_branch(features)
         outputs = dict(logits=self.policy(self.policy_branch(features)), values=self.value(value_features).squeeze(-1))
@@ -479,6 +478,7 @@ def train(args):
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    torch.set_float32_matmul_precision("medium")  # oneDNN's products on a CPU, TF32 on a GPU
     torch.manual_seed(args.seed)
     agent = Agent(obs_space.shape[0], action_space.n, args).to(device)
 

@@ -44,12 +44,12 @@ def new_agent(script, dtype=torch.float32, **settings):
 
 def literal_features(agent, obs):
     """The Nature CNN on images in [0, 1], channels first, layer by layer."""
-    first, (_, second, _, third, _, _, last, _) = agent.first, agent.trunk
+    first, (_, second, _, third, _), (last, _) = agent.first, agent.convolutions, agent.dense
     x = obs.numpy().transpose(0, 3, 1, 2) / np.float32(255)
     x = torch.nn.functional.conv2d(torch.from_numpy(x), first.weight, first.bias, stride=4).relu()
     x = torch.nn.functional.conv2d(x, second.weight, second.bias, stride=2).relu()
     x = torch.nn.functional.conv2d(x, third.weight, third.bias, stride=1).relu()
-    return (x.reshape(len(x), 64 * 7 * 7) @ last.weight.T + last.bias).relu()
+    return (x.permute(0, 2, 3, 1).reshape(len(x), 7 * 7 * 64) @ last.weight.T + last.bias).relu()
 
 
 @SCRIPTS
@@ -80,7 +80,8 @@ def test_network_is_the_nature_cnn_with_heads(script, heads):
 @SCRIPTS
 def test_weights_are_orthogonal_and_the_first_policy_is_nearly_flat(script):
     agent = script.Agent(4, ACTIONS, script.Args(device="cpu"))
-    for layer, gain in ((agent.trunk[1], 2**0.5), (agent.trunk[6], 2**0.5), (agent.policy, 0.01), (agent.value, 1)):
+    trunk = agent.convolutions[1], agent.dense[0]
+    for layer, gain in (*((layer, 2**0.5) for layer in trunk), (agent.policy, 0.01), (agent.value, 1)):
         weight = layer.weight.flatten(1)
         expected = gain**2 * torch.eye(len(weight))
         torch.testing.assert_close(weight @ weight.T, expected, atol=1e-4 * gain**2, rtol=1e-4)
