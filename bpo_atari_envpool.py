@@ -92,8 +92,8 @@ class Args:
     """upper bound c_h of the ratio, in place of 1 + epsilon (Corollary 4.7)"""
     temperature: float = 0.001
     """lambda of Eq. 9; in standard deviations of the advantage if --norm-adv, else in units of return"""
-    median_temperature: float | None = None
-    """lambda of Eq. 15 for the median head, in the same units; default: --temperature"""
+    median_temperature: float | None = 1.0
+    """lambda of Eq. 15 for the median head, in the same units (1 is the authors' code); None: that of --temperature"""
     use_median: bool = True
     """measure the target's advantage from the learned median; --no-use-median: from the value (no median head)"""
     median_coef: float = 0.5
@@ -104,7 +104,7 @@ class Args:
     """alpha_1: weight of the plain total variation beside the advantage-weighted one (Eq. 16)"""
     recompute_advantages: bool = False
     """measure advantages anew in every minibatch, from the current value and median (authors' code)"""
-    norm_adv: bool = True
+    norm_adv: bool = False
     """scale the minibatch's advantages to a standard deviation of 1 (PPO centres them as well, BPO does not)"""
     value_coef: float = 0.5
     """weight of the value loss (R - V)^2, w_1 in the paper"""

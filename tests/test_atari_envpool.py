@@ -220,9 +220,10 @@ BPO_SETTINGS = [
     {"divergence": "tv", "temperature": 0.7},
     {"divergence": "kl", "temperature": 0.7},
     {"use_median": False, "temperature": 0.5},
-    {"norm_adv": False, "temperature": 0.3},
-    {"recompute_advantages": True, "median_temperature": 1.0, "temperature": 0.5},
-    {"recompute_advantages": True, "norm_adv": False, "temperature": 0.2},
+    {"norm_adv": True, "temperature": 0.3},
+    {"norm_adv": True, "median_temperature": None},
+    {"recompute_advantages": True, "norm_adv": True, "temperature": 0.5},
+    {"recompute_advantages": True, "median_temperature": None, "temperature": 0.2},
     {"ratio_low": 0.3, "ratio_high": 1.2, "median_coef": 2.0, "value_coef": 0.1, "temperature": 1.0},
     {"clip_value_loss": True, "clip_coef": 0.05},
 ]
@@ -339,7 +340,7 @@ def run_ranks(command, folder, **kwargs):
 
 def test_gradients_of_two_processes_equal_those_of_one_on_the_same_data(tmp_path):
     cases, expected = [], []
-    for name, settings in (("bpo", {}), ("bpo", {"norm_adv": False, "temperature": 0.1}), ("ppo", {})):
+    for name, settings in (("bpo", {}), ("bpo", {"norm_adv": True, "temperature": 0.1}), ("ppo", {})):
         script = {"bpo": bpo, "ppo": ppo}[name]
         args, agent = new_agent(script, max_grad_norm=0.05, **settings)
         batch = sample_batch(script, agent, frames(24), spread=0.005)
@@ -404,14 +405,14 @@ def test_what_the_siblings_share_is_the_same_text():
             assert "median" in extra or "improvement_bound" in extra
 
 
-def test_options_the_siblings_share_agree_but_for_the_papers_tables():
+def test_options_the_siblings_share_agree_but_for_the_papers_tables_and_the_authors_normalisation():
     ours, theirs = ({x.name: x for x in dataclasses.fields(script.Args)} for script in (bpo, ppo))
     assert [name for name in ours if name in theirs] == list(theirs)
     different = {n: (x.default, theirs[n].default) for n, x in ours.items() if n in theirs and x != theirs[n]}
     different = {name: pair for name, pair in different.items() if pair[0] != pair[1]}
-    assert different == dict(clip_coef=(0.3, 0.2), ent_coef=(0.001, 0.01), update_epochs=(5, 4))
+    assert different == dict(clip_coef=(0.3, 0.2), ent_coef=(0.001, 0.01), update_epochs=(5, 4), norm_adv=(False, True))
     equal = dict(minibatch_size=256, gamma=0.98, learning_rate=2.5e-4, num_steps=128, num_envs=8, gae_lambda=0.95)
-    only_bpo = dict(temperature=0.001, tv_coef=0.0, median_coef=0.5, median_temperature=None)
+    only_bpo = dict(temperature=0.001, tv_coef=0.0, median_coef=0.5, median_temperature=1.0)
     for name, value in (equal | dict(value_coef=0.5, lr_schedule="constant") | only_bpo).items():
         assert ours[name].default == value and (name in only_bpo or theirs[name].default == value)
     own = {"ratio_low", "ratio_high", "use_median", "divergence", "recompute_advantages"}
