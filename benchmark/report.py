@@ -223,6 +223,7 @@ def main(args):
             for label, group in runs.items()
         }
         ends[task] = {label: values[:, -1] for label, values in curves.items()}
+        digits = 1 if all(abs(x).max() < 100 for x in ends[task].values()) else 0
         for label, group in runs.items():
             for seed, values in zip(group, curves[label]):
                 rows += [f"{task},{label},{seed},{step},{value:.1f}" for step, value in zip(grid, values)]
@@ -232,21 +233,20 @@ def main(args):
             last = ends[task][label]
             low, high = interval_of_mean(last[:, None], rng)
             iqm, iqm_low, iqm_high = interquartile_mean(last)
-            each = ", ".join(f"{x:.0f}" for x in last)
-            cells = f"{last.mean():.0f} | - | {iqm:.0f} | - | -"
+            each = ", ".join(f"{x:.{digits}f}" for x in last)
+            cells = f"{last.mean():.{digits}f} | - | {iqm:.{digits}f} | - | -"
             if len(last) > 1:
-                cells = (
-                    f"{last.mean():.0f} | {low[0]:.0f} to {high[0]:.0f} | {iqm:.0f} | {iqm_low:.0f} to {iqm_high:.0f}"
-                )
-                cells += f" | {last.std(ddof=1):.0f}"
+                figures = last.mean(), low[0], high[0], iqm, iqm_low, iqm_high, last.std(ddof=1)
+                cells = "{} | {} to {} | {} | {} to {} | {}".format(*(f"{x:.{digits}f}" for x in figures))
             table.append(f"| {task} | {label} | {len(last)} | {end} | {cells} | {each} |")
             if (at := published.get((task, algorithms[label], str(end)))) is not None:
                 converged = published.get((task, algorithms[label], "end"), "-")
-                beside.append(f"| {task} | {label} | {end} | {last.mean():.0f} | {at} | {converged} |")
+                beside.append(f"| {task} | {label} | {end} | {last.mean():.{digits}f} | {at} | {converged} |")
             if label != baseline and len(last) > 1 and len(ends[task].get(baseline, ())) > 1:
                 difference = difference_of_means(last, ends[task][baseline], rng)
                 improvement = probability_of_improvement(last[:, None], ends[task][baseline][:, None])
-                cells = "{:.0f} | {:.0f} to {:.0f} | {:.2f} | {:.2f} to {:.2f}".format(*difference, *improvement)
+                figures = [f"{x:.{digits}f}" for x in difference] + [f"{x:.2f}" for x in improvement]
+                cells = "{} | {} to {} | {} | {} to {}".format(*figures)
                 against.append(f"| {task} | {label} | {cells} |")
         draw_groups(axis, curves, baseline, rng) if many else draw_curves(axis, curves, grid, rng)
         axis.set_title(f"{task}, {end} steps" if many else task)

@@ -89,8 +89,8 @@ def test_difference_of_means_has_the_normal_interval():
 
 def test_report_of_a_suite_compares_its_variants(tmp_path):
     """Two tasks, one of the paper's; unequal numbers of seeds; groups named by the suite's variants."""
-    ends = {("mine", "Hopper-v4"): [30, 50, 70], ("base", "Hopper-v4"): [20, 40], ("mine", "B/c-v0"): [3, 1]}
-    ends["base", "B/c-v0"] = [2, 2, 2, 2]
+    ends = {("mine", "Hopper-v4"): [30, 50, 70], ("base", "Hopper-v4"): [20, 40], ("mine", "B/c-v0"): [300, 100]}
+    ends["base", "B/c-v0"] = [200, 200, 200, 200]
     for (variant, task), returns in ends.items():
         for seed, value in enumerate(returns, 1):
             script = {"mine": "bpo_x", "base": "ppo_x"}[variant]
@@ -101,17 +101,17 @@ def test_report_of_a_suite_compares_its_variants(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     table = (tmp_path / "out" / "table.md").read_text()
     assert table == done.stdout
-    assert "| Hopper-v4 | mine | 3 | 1000000 | 50 | 30 to 70 | 50 |" in table
-    assert "| Hopper-v4 | mine | 20 | " in table and "| 0.83 | " in table  # better in 5 of 6 pairs
+    assert "| Hopper-v4 | mine | 3 | 1000000 | 50.0 | 30.0 to 70.0 | 50.0 |" in table
+    assert "| Hopper-v4 | mine | 20.0 | " in table and "| 0.83 | " in table  # better in 5 of 6 pairs
     assert "| B/c-v0 | mine | 0 | " in table and "| 0.50 | " in table
     assert "| all, first 2 and 2 runs of each | mine | - | - | 0.62 | " in table  # (3 of 4 pairs + half of 4) / 2
-    assert "| Hopper-v4 | mine | 1000000 | 50 | 2726 | 3505.1 |" in table
-    assert "| Hopper-v4 | base | 1000000 | 30 | 853 | 2497.7 |" in table
+    assert "| Hopper-v4 | mine | 1000000 | 50.0 | 2726 | 3505.1 |" in table
+    assert "| Hopper-v4 | base | 1000000 | 30.0 | 853 | 2497.7 |" in table
     assert table.endswith("Commits: abc (11 runs).\n")
     curves = (tmp_path / "out" / "curves.csv").read_text().splitlines()
-    assert curves[1] == "B/c-v0,base,1,500000,2.0" and len(curves) == 1 + 2 * 11
+    assert curves[1] == "B/c-v0,base,1,500000,200.0" and len(curves) == 1 + 2 * 11
     chosen = run_report(tmp_path / "suite", "--baseline", "mine", "--output", tmp_path / "out")
-    assert "| Hopper-v4 | base | -20 | " in chosen.stdout
+    assert "| Hopper-v4 | base | -20.0 | " in chosen.stdout
     unknown = run_report(tmp_path / "suite", "--baseline", "theirs", "--output", tmp_path / "new")
     assert (unknown.returncode, unknown.stderr) == (2, "error: no group theirs: there are base, mine\n")
     assert not (tmp_path / "new").exists()
@@ -148,7 +148,7 @@ def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
         "Task-v0,BPO clip_coef=0.3,2,50,5.0",
         "Task-v0,BPO clip_coef=0.3,2,100,6.0",
     ]
-    assert "| Task-v0 | BPO clip_coef=0.3 | 2 | 100 | 5 |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| Task-v0 | BPO clip_coef=0.3 | 2 | 100 | 5.0 |" in (tmp_path / "out" / "table.md").read_text()
     summary = (tmp_path / "out" / "summary.csv").read_text().splitlines()
     assert summary[1] == "Task-v0,BPO clip_coef=0.3,1,abc,0.2,0.015,0.5,7,0.5,7,0.5,5"
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
