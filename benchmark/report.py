@@ -1,6 +1,9 @@
 """Learning curves from run folders: compact CSVs, a picture and tables.
 
     python benchmark/report.py runs/fair_mujoco --output benchmark/results/fair_mujoco
+    python benchmark/report.py benchmark/results/fair_mujoco runs/fair_mujoco --output benchmark/results/fair_mujoco
+
+The second adds new runs to those of an earlier report, whose run folders may be gone.
 
 Runs of a suite are grouped by task and variant; others by task, script and the flags in which runs of one script
 differ. The figure at a step is the mean return of the last 100 episodes that had ended by then. Intervals are 95%
@@ -11,7 +14,6 @@ better than one of the baseline), are rliable's (Agarwal et al., "Deep RL at the
 import csv
 import json
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +33,30 @@ PUBLISHED = Path(__file__).resolve().parent / "published.csv"
 @dataclass
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """folders of finished runs, or folders that hold such"""
+    """folders of finished runs, folders that hold such, and folders of earlier reports"""
     output: Path = Path("benchmark/results")
     """folder for curves.csv, summary.csv, table.md and curves.png (groups.png if a task has many groups)"""
     baseline: str | None = None
     """the group that others are compared with; default: the one named default, else PPO's"""
     interval: int = 10_000
     """steps between the points of a curve"""
+
+
+@dataclass
+class Run:
+    """A finished run, from its folder or from an earlier report."""
+
+    task: str
+    group: str  # "" until label_runs has named it
+    seed: int
+    script: str
+    commit: str
+    points: np.ndarray  # of the learning curve, one each args.interval steps
+    summary: dict
+
+    @property
+    def algorithm(self):
+        return self.script.split("_")[0]
 
 
 def read_run(folder):
@@ -66,6 +85,27 @@ def summarise(folder):
     return means | {"training_seconds": rows[-1]["step"] / rows[-1]["charts/SPS"]}
 
 
+def read_report(folder, interval):
+    """The runs of an earlier report; ValueError if its points lie at other steps or its files do not fit."""
+    points = {}
+    with (folder / "curves.csv").open() as file:
+        for row in csv.DictReader(file):
+            points.setdefault((row["task"], row["group"], row["seed"]), []).append((int(row["step"]), row["return"]))
+    runs = []
+    with (folder / "summary.csv").open() as file:
+        for row in csv.DictReader(file):
+            about = [row.pop(name) for name in ("task", "group", "seed", "script", "commit")]
+            steps, returns = zip(*points.pop(tuple(about[:3])))
+            if steps != tuple(range(interval, interval * len(steps) + 1, interval)):
+                raise ValueError(f"{folder}: the points of its curves are not {interval} steps apart: see --interval")
+            task, group, seed, script, commit = about
+            summary = {name: float(value) for name, value in row.items()}
+            runs.append(Run(task, group, int(seed), script, commit, np.array(returns, float), summary))
+    if points:
+        raise ValueError(f"{folder}: curves.csv and summary.csv hold different runs")
+    return runs
+
+
 def curve(steps, returns, grid):
     """Mean return of the last WINDOW episodes that had ended by each step of the grid; NaN before the first."""
     sums = np.concatenate([[0.0], np.cumsum(returns)])
@@ -86,7 +126,6 @@ def interquartile_mean(returns):
         {"": returns[:, None]},
         lambda scores: np.array([metrics.aggregate_iqm(scores)]),
         reps=DRAWS,
-        random_state=np.random.RandomState(0),
     )
     return points[""][0], *intervals[""][:, 0]
 
@@ -97,7 +136,6 @@ def probability_of_improvement(returns, baseline):
         {"": (returns, baseline)},
         lambda x, y: np.array([metrics.probability_of_improvement(x, y)]),
         reps=DRAWS,
-        random_state=np.random.RandomState(0),
     )
     return points[""][0], *intervals[""][:, 0]
 
@@ -162,9 +200,11 @@ def draw_groups(axis, curves, baseline, rng):
 
 
 def find_folders(paths):
-    """The run folders among the paths and below them."""
+    """The run folders among the paths and below them, and the folders of earlier reports."""
     for path in paths:
-        if (path / "args.json").exists() or not (below := sorted(x.parent for x in path.glob("**/args.json"))):
+        if any((path / x).exists() for x in ("args.json", "curves.csv")) or not (
+            below := sorted(x.parent for x in path.glob("**/args.json"))
+        ):
             yield path
         else:
             yield from below
@@ -172,27 +212,38 @@ def find_folders(paths):
 
 def main(args):
     matplotlib.use("Agg")
-    warnings.filterwarnings("ignore", message="random_state is deprecated")  # within rliable
+    np.random.seed(0)  # rliable draws from this generator, whatever random_state it is given
     import matplotlib.pyplot as plt
 
-    found = []
+    found, new = [], []
     for folder in find_folders(args.runs):
         try:
-            found.append((folder, *read_run(folder), summarise(folder)))
+            if (folder / "curves.csv").exists():
+                found += read_report(folder, args.interval)
+                continue
+            (about, steps, returns), summary = read_run(folder), summarise(folder)
+            grid = np.arange(args.interval, about["args"]["total_timesteps"] + 1, args.interval)
+            made_by = about["script"], about.get("commit", "")[:12]
+            run = Run(
+                about["args"]["env_id"], "", about["args"]["seed"], *made_by, curve(steps, returns, grid), summary
+            )
+            new.append((folder, about, run))
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             print(f"skipped {error}", file=sys.stderr)
+    for label, (_, _, run) in zip(label_runs([x[0] for x in new], [x[1] for x in new]), new):
+        run.group = label
+        found.append(run)
     if not found:
         print("error: no finished run among the folders given", file=sys.stderr)
         sys.exit(2)
-    labels = label_runs([folder for folder, *_ in found], [about for _, about, *_ in found])
     groups = {}
-    for label, (_, about, steps, returns, summary) in zip(labels, found):
-        group = groups.setdefault(about["args"]["env_id"], {}).setdefault(label, {})
-        if about["args"]["seed"] in group:
-            print(f"error: two runs of {label} with seed {about['args']['seed']}: leave one out", file=sys.stderr)
+    for run in found:
+        group = groups.setdefault(run.task, {}).setdefault(run.group, {})
+        if run.seed in group:
+            print(f"error: two runs of {run.group} with seed {run.seed}: leave one out", file=sys.stderr)
             sys.exit(2)
-        group[about["args"]["seed"]] = about, steps, returns, summary
-    algorithms = {label: about["script"].split("_")[0] for label, (_, about, *_) in zip(labels, found)}
+        group[run.seed] = run
+    algorithms = {run.group: run.algorithm for run in found}
     baseline = args.baseline or next((x for x in algorithms if x == "default"), None)
     baseline = baseline or next((x for x in sorted(algorithms) if algorithms[x] == "ppo"), None)
     if args.baseline and args.baseline not in algorithms:
@@ -203,7 +254,7 @@ def main(args):
     many = max(map(len, groups.values())) > MANY
     size = (8, 0.5 + 0.28 * max(map(len, groups.values()))) if many else (6.4, 4)
     figure, axes = plt.subplots(1, len(tasks), figsize=(size[0] * len(tasks), size[1]), squeeze=False)
-    rows, summaries = ["task,group,seed,step,return"], [",".join(["task,group,seed,commit", *found[0][4]])]
+    rows, summaries = ["task,group,seed,step,return"], [",".join(["task,group,seed,script,commit", *found[0].summary])]
     table = ["| task | group | seeds | steps | mean | 95% | IQM | 95% | std | each |", "|-|-|-|-|-|-|-|-|-|-|"]
     against = [
         f"| task | group | mean less that of {baseline} | 95% | P(better than {baseline}) | 95% |",
@@ -216,20 +267,18 @@ def main(args):
     rng, published, ends = np.random.default_rng(0), read_published(), {}
     for axis, task in zip(axes[0], tasks):
         runs = {label: dict(sorted(group.items())) for label, group in sorted(groups[task].items())}
-        end = min(about["args"]["total_timesteps"] for group in runs.values() for about, *_ in group.values())
-        grid = np.arange(args.interval, end + 1, args.interval)
-        curves = {
-            label: np.array([curve(steps, returns, grid) for _, steps, returns, _ in group.values()])
-            for label, group in runs.items()
-        }
+        length = min(len(run.points) for group in runs.values() for run in group.values())
+        grid = args.interval * np.arange(1, length + 1)
+        end = grid[-1]
+        curves = {label: np.array([x.points[:length] for x in group.values()]) for label, group in runs.items()}
         ends[task] = {label: values[:, -1] for label, values in curves.items()}
         digits = 1 if all(abs(x).max() < 100 for x in ends[task].values()) else 0
         for label, group in runs.items():
             for seed, values in zip(group, curves[label]):
-                rows += [f"{task},{label},{seed},{step},{value:.1f}" for step, value in zip(grid, values)]
-            for seed, (about, _, _, summary) in group.items():
-                figures = [f"{x:.5g}" for x in summary.values()]
-                summaries.append(",".join([task, label, str(seed), about.get("commit", "")[:12], *figures]))
+                rows += [f"{task},{label},{seed},{step},{value:.6g}" for step, value in zip(grid, values)]
+            for seed, run in group.items():
+                figures = [f"{x:.5g}" for x in run.summary.values()]
+                summaries.append(",".join([task, label, str(seed), run.script, run.commit, *figures]))
             last = ends[task][label]
             low, high = interval_of_mean(last[:, None], rng)
             iqm, iqm_low, iqm_high = interquartile_mean(last)
@@ -260,8 +309,8 @@ def main(args):
             seeds = " and ".join(str(len(x)) for x in scores)
             against.append(f"| all, first {seeds} runs of each | {label} | - | - | {cells} |")
 
-    commits = Counter(about.get("commit", "") or "unknown" for _, about, *_ in found)
-    made_by = ", ".join(f"{commit[:12]} ({count} runs)" for commit, count in commits.most_common())
+    commits = Counter(run.commit or "unknown" for run in found)
+    made_by = ", ".join(f"{commit} ({count} runs)" for commit, count in commits.most_common())
     parts = [table] + [x for x in (against, beside) if len(x) > 2] + [[f"Commits: {made_by}."]]
     text = "\n\n".join("\n".join(part) for part in parts) + "\n"
     args.output.mkdir(parents=True, exist_ok=True)

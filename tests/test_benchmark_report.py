@@ -109,7 +109,7 @@ def test_report_of_a_suite_compares_its_variants(tmp_path):
     assert "| Hopper-v4 | base | 1000000 | 30.0 | 853 | 2497.7 |" in table
     assert table.endswith("Commits: abc (11 runs).\n")
     curves = (tmp_path / "out" / "curves.csv").read_text().splitlines()
-    assert curves[1] == "B/c-v0,base,1,500000,200.0" and len(curves) == 1 + 2 * 11
+    assert curves[1] == "B/c-v0,base,1,500000,200" and len(curves) == 1 + 2 * 11
     chosen = run_report(tmp_path / "suite", "--baseline", "mine", "--output", tmp_path / "out")
     assert "| Hopper-v4 | base | -20.0 | " in chosen.stdout
     unknown = run_report(tmp_path / "suite", "--baseline", "theirs", "--output", tmp_path / "new")
@@ -122,6 +122,37 @@ def test_many_groups_are_drawn_beside_each_other(tmp_path):
         make_run(tmp_path / f"v{k}__Task-v0__1" / "run")
     assert run_report(tmp_path, "--output", tmp_path / "out").returncode == 0
     assert {x.name for x in (tmp_path / "out").iterdir()} == {"curves.csv", "summary.csv", "table.md", "groups.png"}
+
+
+def test_an_earlier_report_and_new_runs_make_the_report_of_all(tmp_path):
+    """Also where the new runs are shorter or longer than the earlier ones, and the groups differ."""
+    rng = np.random.default_rng(5)
+    lengths = {1: 100, 2: 300, 3: 200}
+    for variant, seed in ((v, s) for v in ("mine", "base", "late") for s in lengths if (v, s) != ("late", 1)):
+        script, value = f"{'ppo' if variant == 'base' else 'bpo'}_x", 1000 * rng.normal()
+        folder = tmp_path / ("old" if seed == 1 else "new") / f"{variant}__Task-v0__{seed}"
+        make_run(folder / "run", script, f"5,{value},5\n70,{value / 3},5\n", seed=seed, total_timesteps=lengths[seed])
+    run_report(tmp_path / "old", "--output", tmp_path / "first")
+    together = run_report(tmp_path / "first", tmp_path / "new", "--output", tmp_path / "both")
+    at_once = run_report(tmp_path / "old", tmp_path / "new", "--output", tmp_path / "all")
+    assert (together.returncode, together.stderr, together.stdout) == (0, "", at_once.stdout)
+    assert "| Task-v0 | mine | 3 | 100 |" in together.stdout and "| Task-v0 | late | 2 |" in together.stdout
+    for name in ("curves.csv", "summary.csv"):
+        assert (tmp_path / "both" / name).read_text() == (tmp_path / "all" / name).read_text()
+
+
+def test_a_report_that_cannot_be_extended_is_named(tmp_path):
+    make_run(tmp_path / "a__Task-v0__1" / "run")
+    run_report(tmp_path, "--output", tmp_path / "out")
+    twice = run_report(tmp_path / "out", tmp_path / "a__Task-v0__1", "--output", tmp_path / "new")
+    assert (twice.returncode, twice.stderr) == (2, "error: two runs of a with seed 1: leave one out\n")
+    other = run_report(tmp_path / "out", "--interval", "20", "--output", tmp_path / "new")
+    assert other.returncode == 2 and other.stderr.startswith("skipped") and "not 20 steps apart" in other.stderr
+    curves = tmp_path / "out" / "curves.csv"
+    curves.write_text(curves.read_text() + "Task-v0,b,1,50,3\n")
+    foreign = run_report(tmp_path / "out", "--output", tmp_path / "new")
+    assert foreign.returncode == 2 and "hold different runs" in foreign.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_published_figures_are_complete():
@@ -143,14 +174,14 @@ def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
     assert [any(name in line for line in skipped) for name in ("half", "nan", "unfinished", "missing")] == [True] * 4
     rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
     assert rows[1:5] == [
-        "Task-v0,BPO clip_coef=0.3,1,50,1.0",
-        "Task-v0,BPO clip_coef=0.3,1,100,4.0",
-        "Task-v0,BPO clip_coef=0.3,2,50,5.0",
-        "Task-v0,BPO clip_coef=0.3,2,100,6.0",
+        "Task-v0,BPO clip_coef=0.3,1,50,1",
+        "Task-v0,BPO clip_coef=0.3,1,100,4",
+        "Task-v0,BPO clip_coef=0.3,2,50,5",
+        "Task-v0,BPO clip_coef=0.3,2,100,6",
     ]
     assert "| Task-v0 | BPO clip_coef=0.3 | 2 | 100 | 5.0 |" in (tmp_path / "out" / "table.md").read_text()
     summary = (tmp_path / "out" / "summary.csv").read_text().splitlines()
-    assert summary[1] == "Task-v0,BPO clip_coef=0.3,1,abc,0.2,0.015,0.5,7,0.5,7,0.5,5"
+    assert summary[1] == "Task-v0,BPO clip_coef=0.3,1,bpo_continuous_action,abc,0.2,0.015,0.5,7,0.5,7,0.5,5"
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
