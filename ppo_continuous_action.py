@@ -210,15 +210,42 @@ class RunningNormalizer(nn.Module):
         return ((x - self.mean.float()) / self.std()).clamp(-10, 10)
 
 
-def mlp(inputs, outputs, args, output_gain):
-    """Two hidden layers and a linear output, with orthogonal weights and zero biases."""
-    activation = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}[args.activation]
-    size = args.hidden_size
-    layers = [nn.Linear(inputs, size), activation(), nn.Linear(size, size), activation(), nn.Linear(size, outputs)]
-    for layer, gain in zip(layers[::2], (math.sqrt(2), math.sqrt(2), output_gain)):
-        nn.init.orthogonal_(layer.weight, gain)
-        nn.init.zeros_(layer.bias)
-    return nn.Sequential(*layers)
+class HiddenLayers(nn.Module):
+    """The two hidden layers of K networks side by side, so that a layer of all of them is one batched product."""
+
+    def __init__(self, networks, inputs, args):
+        super().__init__()
+        self.activation = {"tanh": torch.tanh, "relu": torch.relu, "elu": nn.functional.elu}[args.activation]
+        size = args.hidden_size
+        self.weight_1 = nn.Parameter(torch.zeros(networks, inputs, size))
+        self.bias_1 = nn.Parameter(torch.zeros(networks, 1, size))
+        self.weight_2 = nn.Parameter(torch.zeros(networks, size, size))
+        self.bias_2 = nn.Parameter(torch.zeros(networks, 1, size))
+        for matrix in (*self.weight_1.detach(), *self.weight_2.detach()):
+            nn.init.orthogonal_(matrix, math.sqrt(2))
+
+    def forward(self, x):
+        """All K networks: x[B, I] -> [K, B, H]"""
+        x = self.activation(torch.baddbmm(self.bias_1, x.expand(len(self.weight_1), -1, -1), self.weight_1))
+        return self.activation(torch.baddbmm(self.bias_2, x, self.weight_2))
+
+    def first(self, x):
+        """The first network alone: x[B, I] -> [B, H]"""
+        x = self.activation(torch.addmm(self.bias_1[0], x, self.weight_1[0]))
+        return self.activation(torch.addmm(self.bias_2[0], x, self.weight_2[0]))
+
+
+def output_layer(inputs, outputs, gain):
+    """A linear layer with orthogonal weights and zero biases."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def scalar(layer, x):
+    """A linear layer of one output, as a sum, which compiles better than a product: x[B, H] -> [B]"""
+    return (x * layer.weight).sum(-1) + layer.bias
 
 
 class Agent(nn.Module):
@@ -229,16 +256,22 @@ class Agent(nn.Module):
         self.obs_stats = RunningNormalizer(obs_size)
         self.return_stats = RunningNormalizer(1)
         self.norm_obs = args.norm_obs
-        self.policy = mlp(obs_size, action_size, args, output_gain=0.01)
+        networks = 2  # policy, critic
+        self.hidden = HiddenLayers(networks, obs_size, args)
+        self.policy_head = output_layer(args.hidden_size, action_size, gain=0.01)
         self.log_std = nn.Parameter(torch.full((action_size,), args.log_std_init))
-        self.critic = mlp(obs_size, 1, args, output_gain=1.0)
+        self.value_head = output_layer(args.hidden_size, 1, gain=1.0)
 
     def normalize(self, obs):
         return self.obs_stats(obs) if self.norm_obs else obs
 
-    def value(self, obs):
-        """V_phi: obs[..., O] -> [...]"""
-        return self.critic(obs).squeeze(-1)
+    def policy(self, obs):
+        """The mean action: obs[B, O] -> [B, A]"""
+        return self.policy_head(self.hidden.first(obs))
+
+    def value(self, hidden):
+        """V_phi: hidden[K, B, H] -> [B]"""
+        return scalar(self.value_head, hidden[1])
 
 
 def log_prob(mean, log_std, actions):
@@ -280,11 +313,12 @@ def spo_loss(ratio, advantage, clip_coef):
 
 def minibatch_loss(agent, batch, args):
     """The objective on batch, a dict of tensors [B, ...]: the loss [] and a dict of statistics []."""
-    mean = agent.policy(batch["obs"])
+    hidden = agent.hidden(batch["obs"])
+    mean = agent.policy_head(hidden[0])
     log_ratio = log_prob(mean, agent.log_std, batch["actions"]) - batch["log_probs"]
     ratio = log_ratio.exp()
     entropy = (agent.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-    returns, values = batch["returns"], agent.value(batch["obs"])
+    returns, values = batch["returns"], agent.value(hidden)
     value_loss = (returns - values).square()  # Eq. 14
     if args.clip_value_loss:
         clipped_values = batch["values"] + (values - batch["values"]).clamp(-args.clip_coef, args.clip_coef)
@@ -365,8 +399,8 @@ def film(agent, args, folder):
         (obs, _), done = env.reset(seed=args.seed), False
         while not done:
             with torch.inference_mode():
-                action = agent.policy(agent.normalize(torch.from_numpy(obs).float()))
-            obs, _, terminated, truncated, _ = env.step(to_env(action, env.action_space))
+                action = agent.policy(agent.normalize(torch.from_numpy(obs[None]).float()))
+            obs, _, terminated, truncated, _ = env.step(to_env(action[0], env.action_space))
             done = terminated or truncated
         env.close()
     except Exception as error:  # drivers, codecs, unknown tasks: many kinds, none of which may hide the evaluation
@@ -465,6 +499,10 @@ def train(args):
     check_args(args)
     step = checkpoint["step"] if checkpoint else 0
     torch.set_num_threads(1)  # faster than two for networks of this size
+    # oneDNN's products ("medium") are the faster ones for wide networks on AMD processors with AVX-512. This limit, set
+    # before the first of them, keeps them in float32 on processors that would take bfloat16.
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    wide = args.hidden_size >= 256 and torch.backends.cpu.get_cpu_capability() == "AVX512"
     torch.manual_seed(args.seed)
     num_steps, num_envs = args.num_steps, args.num_envs
     envs, obs_space, action_space = make_envs(args, num_envs, (args.seed + step) % 2**31)
@@ -573,7 +611,8 @@ def train(args):
 
         with torch.no_grad():
             inputs = agent.normalize(obs)
-            values, log_stds = agent.value(inputs), agent.log_std.expand_as(actions)
+            hidden = agent.hidden(inputs.flatten(0, 1))
+            values, log_stds = agent.value(hidden).view(-1, num_envs), agent.log_std.expand_as(actions)
             advantages, returns = compute_gae(
                 scaled_rewards, values, terminated, truncated, args.gamma, args.gae_lambda
             )
@@ -587,6 +626,7 @@ def train(args):
         # The last minibatch is topped up from the front of the permutation: all have one size, so one graph serves all.
         places = torch.arange(minibatches * args.minibatch_size) % len(rows)
         updates, totals = 0, 0
+        torch.set_float32_matmul_precision("medium" if wide else "highest")
         for _ in range(args.update_epochs):
             order = rows[torch.randperm(len(rows))][places]
             for indices in order.view(minibatches, args.minibatch_size):
@@ -595,6 +635,7 @@ def train(args):
                 updates, totals = updates + 1, totals + stats
             if args.target_kl and stats[names.index("losses/approx_kl")] > args.target_kl:
                 break
+        torch.set_float32_matmul_precision("highest")
         metrics = dict(zip(names, (totals / updates).tolist()))
         for name, value in metrics.items():
             if not math.isfinite(value):

@@ -246,6 +246,7 @@ ppo Swimmer-v4  256 0.1  0       0.9999 6e-4     10 1024 4 0.98
 
 
 def test_paper_suite_holds_the_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # away from a sweep under way in runs/, which would be resumed
     _, output, _ = here([SUITES / "paper_mujoco.toml", "--dry-run"], monkeypatch, capsys)
     columns = (
         "minibatch_size clip_coef ent_coef gamma learning_rate update_epochs num_steps num_envs gae_lambda".split()

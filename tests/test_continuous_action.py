@@ -277,7 +277,7 @@ def test_the_objective_chooses_the_loss():
         for shift in (0.0, 0.1):
             exact = ppo.log_prob(agent.policy(obs), agent.log_std, actions).detach()
             loss, _ = ppo.minibatch_loss(agent, batch | {"log_probs": exact - shift}, args)
-            gradients[name, shift] = torch.autograd.grad(loss, agent.policy[0].weight)[0]
+            gradients[name, shift] = torch.autograd.grad(loss, agent.hidden.weight_1)[0][0]
     torch.testing.assert_close(gradients["clip", 0.0], gradients["spo", 0.0])
     assert not torch.allclose(gradients["clip", 0.1], gradients["spo", 0.1], rtol=1e-3)
 
@@ -309,6 +309,44 @@ def test_log_prob_and_kl_divergence_equal_torch_distributions(script):
     assert (script.kl_divergence(mean, log_std, mean, log_std) == 0).all()
 
 
+# ----------------------------------------------------------------------------------------------------- the networks
+
+
+@SCRIPTS
+@pytest.mark.parametrize("activation", ["tanh", "relu", "elu"])
+def test_each_network_is_an_mlp_of_its_own(script, activation):
+    _, agent = new_agent(script, activation=activation)
+    act = {"tanh": torch.nn.Tanh(), "relu": torch.nn.ReLU(), "elu": torch.nn.ELU()}[activation]
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # biases are zero at first
+        obs, layers, outputs = torch.randn(7, 3, dtype=torch.float64), agent.hidden, []
+        heads = [agent.policy_head, agent.value_head] + ([agent.median_head] if script is bpo else [])
+        for k, head in enumerate(heads):
+            mlp = torch.nn.Sequential(torch.nn.Linear(3, 8), act, torch.nn.Linear(8, 8), act).double()
+            for name, x in zip(("0.weight", "0.bias", "2.weight", "2.bias"), layers.parameters()):
+                mlp.get_parameter(name).copy_(x[k].mT.reshape(mlp.get_parameter(name).shape))
+            outputs.append(head(mlp(obs)))
+        torch.testing.assert_close(agent.policy(obs), outputs[0])
+        torch.testing.assert_close(agent.policy_head(agent.hidden(obs)[0]), outputs[0])
+        torch.testing.assert_close(agent.value(agent.hidden(obs)), outputs[1][:, 0])
+        if script is bpo:
+            torch.testing.assert_close(agent.median(agent.hidden(obs)), outputs[2][:, 0])
+
+
+@SCRIPTS
+def test_initial_weights_are_orthogonal_and_differ_between_networks(script):
+    _, agent = new_agent(script, hidden_size=16)
+    for weight in (agent.hidden.weight_1, agent.hidden.weight_2):
+        products = weight @ weight.mT  # of the rows, which are no more than the columns
+        torch.testing.assert_close(
+            products, 2 * torch.eye(weight.shape[1]).double().expand_as(products), atol=1e-5, rtol=0
+        )
+        assert (weight[0] - weight[1]).abs().max() > 0.1
+    assert agent.policy_head.weight.norm(dim=1).allclose(torch.full((2,), 0.01).double())
+    assert agent.value_head.weight.norm().item() == pytest.approx(1)
+
+
 # ----------------------------------------------------------------------------------------------------- the objective
 
 
@@ -322,12 +360,12 @@ def sample_batch(script, args, agent, size=48, dtype=torch.float64):
         obs = torch.randn(size, 3, dtype=dtype)
         means, log_stds = old.policy(obs), old.log_std.expand(size, 2)
         actions = means + log_stds.exp() * torch.randn(size, 2, dtype=dtype)
-        batch = dict(obs=obs, actions=actions, means=means, log_stds=log_stds, values=old.value(obs))
+        batch = dict(obs=obs, actions=actions, means=means, log_stds=log_stds, values=old.value(old.hidden(obs)))
         batch["log_probs"] = script.log_prob(means, old.log_std, actions)
         batch["returns"] = batch["values"] + 2 * torch.randn(size, dtype=dtype) + 0.5
         batch["advantages"] = batch["returns"] - batch["values"]
         if getattr(args, "use_median", False):
-            batch["medians"] = old.median(obs)
+            batch["medians"] = old.median(old.hidden(obs))
     return batch
 
 
@@ -342,7 +380,7 @@ def literal_common(args, agent, batch):
     policy = Independent(Normal(agent.policy(batch["obs"]), agent.log_std.exp()), 1)
     ratio = policy.log_prob(batch["actions"]).exp() / batch["log_probs"].exp()
     value_losses = []
-    for new, old, target in zip(agent.value(batch["obs"]), batch["values"], batch["returns"]):
+    for new, old, target in zip(agent.value(agent.hidden(batch["obs"])), batch["values"], batch["returns"]):
         clipped = torch.clip(new, old - args.clip_coef, old + args.clip_coef)
         choices = [(new - target) ** 2, (clipped - target) ** 2]
         value_losses.append(max(choices) if args.clip_value_loss else choices[0])
@@ -353,13 +391,13 @@ def literal_bpo_objective(args, agent, batch):
     ratio, value_loss, entropy = literal_common(args, agent, batch)
     low = 1 - args.clip_coef if args.ratio_low is None else args.ratio_low
     high = 1 + args.clip_coef if args.ratio_high is None else args.ratio_high
-    value = agent.value(batch["obs"]).detach() if args.recompute_advantages else batch["values"]
+    value = agent.value(agent.hidden(batch["obs"])).detach() if args.recompute_advantages else batch["values"]
     advantage = batch["returns"] - value
     deviation = math.sqrt(((advantage - advantage.mean()) ** 2).sum() / (len(advantage) - 1))
     scale = max(deviation, advantage.abs().sum() / len(advantage) / 10) + 1e-8 if args.norm_adv else 1
     median_advantage, median_loss = advantage, 0.0
     if args.use_median:
-        median = agent.median(batch["obs"])
+        median = agent.median(agent.hidden(batch["obs"]))
         width = scale * (args.temperature if args.median_temperature is None else args.median_temperature)
         k, odds = (high - 1) / (high - low), (high - 1) / (1 - low)
         x = (batch["returns"] - median) / width
@@ -436,12 +474,12 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(script, literal, 
 
 @pytest.mark.parametrize("network, reaches_trunk", [("separate", False), ("head", True), ("mlp-head", True)])
 def test_median_network_reads_what_its_name_says(network, reaches_trunk):
-    args, agent = new_agent(bpo, median_network=network)
-    gradients = torch.autograd.grad(
-        agent.median(torch.randn(5, 3, dtype=torch.float64)).sum(), list(agent.parameters()), allow_unused=True
-    )
-    names = {n.split(".")[0] for (n, _), g in zip(agent.named_parameters(), gradients) if g is not None and g.any()}
-    assert names == {"median_head"} | ({"critic"} if reaches_trunk else set())
+    _, agent = new_agent(bpo, median_network=network)
+    agent.median(agent.hidden(torch.randn(5, 3, dtype=torch.float64))).sum().backward()
+    reached = [any(x.grad[k].any() for x in agent.hidden.parameters()) for k in range(len(agent.hidden.weight_1))]
+    assert reached == ([False, True] if reaches_trunk else [False, False, True])
+    heads = {name.split(".")[0] for name, x in agent.named_parameters() if x.grad is not None} - {"hidden"}
+    assert heads == {"median_head"} | ({"median_mlp"} if network == "mlp-head" else set())
 
 
 @SCRIPTS

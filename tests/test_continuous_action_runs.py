@@ -100,7 +100,7 @@ def test_value_of_one_step_with_constant_reward_is_the_reward(script, tmp_path):
         script, tmp_path, **PROBE, env_id="Probe-v0", norm_reward=False, learning_rate=3e-3, total_timesteps=4000
     )
     agent, _ = load(script, run_dir)
-    assert agent.value(agent.normalize(torch.zeros(1))).item() == pytest.approx(2, abs=0.05)
+    assert agent.value(agent.hidden(agent.normalize(torch.zeros(1, 1)))).item() == pytest.approx(2, abs=0.05)
 
 
 def test_median_of_a_skewed_reward_is_far_from_its_mean(tmp_path):
@@ -108,16 +108,16 @@ def test_median_of_a_skewed_reward_is_far_from_its_mean(tmp_path):
     settings = dict(norm_reward=False, norm_adv=False, temperature=0.05, learning_rate=1e-2, total_timesteps=6000)
     run_dir = train(bpo, tmp_path, **PROBE | dict(num_steps=128), env_id="Skewed-v0", update_epochs=5, **settings)
     agent, _ = load(bpo, run_dir)
-    obs = agent.normalize(torch.zeros(1))
-    assert agent.value(obs).item() == pytest.approx(3, abs=0.8)
-    assert agent.median(obs).item() == pytest.approx(0, abs=0.2)
+    hidden = agent.hidden(agent.normalize(torch.zeros(1, 1)))
+    assert agent.value(hidden).item() == pytest.approx(3, abs=0.8)
+    assert agent.median(hidden).item() == pytest.approx(0, abs=0.2)
 
 
 @SCRIPTS
 def test_policy_moves_to_the_best_action(script, tmp_path):
     run_dir = train(script, tmp_path, **PROBE, env_id="Target-v0", learning_rate=3e-3, total_timesteps=6000)
     agent, _ = load(script, run_dir)
-    assert agent.policy(agent.normalize(torch.zeros(1))).item() == pytest.approx(0.5, abs=0.15)
+    assert agent.policy(agent.normalize(torch.zeros(1, 1))).item() == pytest.approx(0.5, abs=0.15)
     assert agent.log_std.item() < -0.1
     returns = column(read(run_dir / "episodes.csv"), "return")
     assert returns[-300:].mean() > returns[:300].mean() / 2
@@ -128,7 +128,23 @@ def test_value_bootstraps_through_truncation(script, tmp_path):
     """Reward 1 for ever, cut every five steps: 1 / (1 - 0.9). Taken for termination, the cuts would leave about 3."""
     settings = dict(env_id="Endless-v0", gamma=0.9, norm_reward=False, learning_rate=3e-3, total_timesteps=6000)
     agent, _ = load(script, train(script, tmp_path, **PROBE, **settings, lr_schedule="constant", update_epochs=4))
-    assert agent.value(agent.normalize(torch.zeros(1))).item() == pytest.approx(10, abs=0.3)
+    assert agent.value(agent.hidden(agent.normalize(torch.zeros(1, 1)))).item() == pytest.approx(10, abs=0.3)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("hidden_size", [64, 256])
+def test_only_wide_networks_learn_through_onednn(script, hidden_size, tmp_path, monkeypatch):
+    gradient, precisions = script.minibatch_gradient, set()
+
+    def watched(*arguments):
+        precisions.add(torch.get_float32_matmul_precision())
+        return gradient(*arguments)
+
+    monkeypatch.setattr(script, "minibatch_gradient", watched)
+    train(script, tmp_path, **PROBE | {"hidden_size": hidden_size}, env_id="Probe-v0", total_timesteps=512)
+    wide = hidden_size == 256 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert precisions == {"medium" if wide else "highest"}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 # ---------------------------------------------------------------------------------------------------------- dummy rows
