@@ -167,7 +167,8 @@ def make_envs(args, num_envs, seed, render_mode=None):
     if not hasattr(envpool.make_spec(name).config, "episodic_life"):
         raise BadInput(f"{args.env_id} is no Atari game, which this script needs: it has no stacks of frames")
     options = dict(episodic_life=True, reward_clip=True, render_mode=render_mode)
-    threads = max(1, min(num_envs, os.cpu_count() // WORLD_SIZE))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, min(num_envs, cores // WORLD_SIZE))
     envs = envpool.make(name, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **options)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
     return envs, envs.observation_space, envs.action_space
