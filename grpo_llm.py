@@ -132,9 +132,9 @@ class Args:
     eval_top_p: float = 0.95
     """evaluations sample from the most likely tokens that together have this probability"""
     generator: Literal["transformers", "vllm"] = "transformers"
-    """what samples completions; vllm (GPU, --model, an optional install) shares the GPU and gets every new weight"""
+    """what samples completions; vllm (for --model, an optional install) shares the device and gets every new weight"""
     vllm_memory: float = 0.4
-    """fraction of the GPU's memory that vLLM may take"""
+    """fraction of the device's memory that vLLM may take"""
     generation_batch_size: int = 1024
     """completions sampled at a time"""
     micro_batch_tokens: int = 16_384
@@ -199,8 +199,8 @@ def check_args(args):
         raise BadInput(f"there is no built-in task {args.env_id}: pass --dataset, or --env-id addition")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is no GPU that PyTorch can use; leave it out to run on the CPU")
-    if args.generator == "vllm" and not (args.model and args.device != "cpu" and torch.cuda.is_available()):
-        raise BadInput("--generator vllm needs a GPU and --model")
+    if args.generator == "vllm" and not args.model:
+        raise BadInput("--generator vllm needs --model")
     if args.fsdp and WORLD_SIZE == 1:
         raise BadInput("--fsdp shards over several processes: start the script with torchrun --nproc-per-node N")
 
@@ -512,18 +512,24 @@ def generate(model, prompts, uniforms, stop_ids, temperature, top_p, batch_size)
     return completions
 
 
-def make_vllm(args):
-    """A vLLM engine on this process's GPU; BadInput if vLLM is not installed."""
+def make_vllm(args, device):
+    """A vLLM engine on this process's device; BadInput if vLLM is not installed, or not for that device."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that it takes weights from it
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
-        import vllm
+        import vllm.platforms
     except ImportError:
         raise BadInput(
             "vLLM is not installed: pip install -r requirements-vllm.txt, or leave out --generator"
         ) from None
+    platform = vllm.platforms.current_platform
+    if not (platform.is_cpu() if device.type == "cpu" else platform.is_cuda_alike()):
+        raise BadInput(f"the vLLM installed here has no support for {device.type}: see requirements-vllm.txt")
     settings = dict(gpu_memory_utilization=args.vllm_memory, dtype=args.dtype, logprobs_mode="processed_logprobs")
     settings |= dict(max_model_len=args.max_prompt_length + args.max_completion_length, seed=args.seed + RANK)
-    return vllm.LLM(args.model, distributed_executor_backend="external_launcher", **settings)
+    return vllm.LLM(
+        args.model, distributed_executor_backend="external_launcher" if WORLD_SIZE > 1 else "uni", **settings
+    )
 
 
 def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, top_p):
@@ -531,7 +537,7 @@ def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, 
     import vllm
 
     weights = ((k, x.full_tensor() if isinstance(x, DTensor) else x) for k, x in model.state_dict().items())
-    engine.apply_model(lambda theirs: theirs.load_weights(weights))
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     engine.reset_prefix_cache()
     settings = dict(n=copies, temperature=temperature, top_p=top_p, max_tokens=limit, logprobs=0)
     settings = vllm.SamplingParams(**settings, stop_token_ids=sorted(stop_ids), detokenize=False)
@@ -922,7 +928,7 @@ def train(args):
     device = start_processes(args)
     model, tokenizer = make_model(args, device)
     problems, held_out = make_problems(args, tokenizer)
-    engine = make_vllm(args) if args.generator == "vllm" else None
+    engine = make_vllm(args, device) if args.generator == "vllm" else None
     if not checkpoint:
         folders = [make_run_dir(args) if RANK == 0 else None]
         if WORLD_SIZE > 1:
@@ -1156,8 +1162,9 @@ def main(args):
     asked["eval_dataset"] = args.eval_dataset or run_args.eval_dataset
     run_args = dataclasses.replace(run_args, **asked, model=str(run_dir / "model"), device=args.device, fsdp=False)
     check_args(run_args)
-    model, tokenizer = make_model(run_args, start_processes(run_args))
-    engine = make_vllm(run_args) if run_args.generator == "vllm" else None
+    device = start_processes(run_args)
+    model, tokenizer = make_model(run_args, device)
+    engine = make_vllm(run_args, device) if run_args.generator == "vllm" else None
     _, held_out = make_problems(run_args, tokenizer)
     report(evaluate(functools.partial(sample, model, engine, tokenizer, run_args), held_out, run_args), run_dir)
 
@@ -1172,5 +1179,5 @@ if __name__ == "__main__":
     except OSError as error:
         sys.exit(f"error: cannot go on: {error}")
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and "vllm" not in sys.modules:  # vLLM ends all process groups itself
             dist.destroy_process_group()

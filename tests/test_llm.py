@@ -565,7 +565,7 @@ def test_every_option_has_a_help_text(script):
     [({"group_size": 1}, "--group-size must be at least 2"), ({"num_prompts": 10}, "--minibatch-prompts must divide")]
     + [({"learning_rate": math.nan}, "--learning-rate"), ({"ratio_low": 1.0}, "the ratio's bounds")]
     + [({"reward": "majority", "num_votes": 4}, "--num-votes"), ({"env_id": "Hopper-v4"}, "no built-in task")]
-    + [({"eval_top_p": 0.0}, "--eval-top-p"), ({"generator": "vllm"}, "needs a GPU"), ({"fsdp": True}, "torchrun")],
+    + [({"eval_top_p": 0.0}, "--eval-top-p"), ({"generator": "vllm"}, "needs --model"), ({"fsdp": True}, "torchrun")],
 )
 def test_bad_settings_are_named(script, overrides, part):
     with pytest.raises(script.BadInput, match=part):

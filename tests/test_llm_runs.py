@@ -377,4 +377,54 @@ def test_vllm_is_imported_only_when_asked_for(monkeypatch):
     assert "vllm" not in sys.modules and "trl" not in sys.modules
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(gbpo.BadInput, match="vLLM is not installed"):
-        gbpo.make_vllm(gbpo.Args(generator="vllm", model="x"))
+        gbpo.make_vllm(gbpo.Args(generator="vllm", model="x"), torch.device("cpu"))
+
+
+VLLM_RUN = """
+import sys, torch, {script} as script
+
+generate, far = script.generate_vllm, []
+
+def watched(engine, model, prompts, copies, limit, stop_ids, temperature, top_p):
+    completions, log_probs = generate(engine, model, prompts, copies, limit, stop_ids, temperature, top_p)
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
+    for prompt, completion, theirs in zip(prompts, completions, log_probs):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
+        ours = logits.log_softmax(-1)[range(len(completion)), completion]
+        far.append((ours - torch.tensor(theirs)).abs().max().item())
+    return completions, log_probs
+
+script.generate_vllm = watched
+settings = dict(generator="vllm", model="model", dataset="sums.jsonl", eval_dataset="sums.jsonl", device="cpu")
+settings |= dict(num_prompts=8, minibatch_prompts=4, group_size=8, max_prompt_length=16, max_completion_length=4)
+settings |= dict(total_timesteps=256, eval_problems=8, eval_samples=2, eval_top_p=1.0, learning_rate=1e-2)
+settings |= dict(sampling_temperature=0.7)
+script.train(script.Args(**settings, fsdp=script.WORLD_SIZE > 1))
+print("FARTHEST", max(far), len(far))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@SCRIPTS
+def test_vllm_samples_from_the_weights_that_the_trainer_has(script, processes, tmp_path):
+    """vLLM's log-probabilities are the trainer's in every rollout, while the weights change; with FSDP2, too."""
+    pytest.importorskip("vllm")
+    tokenizer = script.make_model(script.Args(), torch.device("cpu"))[1]
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)  # 32 a head or more
+    config = transformers.Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=len(tokenizer), eos_token_id=1)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    sums = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in (1, 2, 3) for b in (1, 2, 3)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    (tmp_path / "run.py").write_text(VLLM_RUN.format(script=script.__name__))
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    paths = {"PYTHONPATH": str(Path(script.__file__).parent), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launcher, "run.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    far = [x.split() for x in done.stdout.splitlines() if x.startswith("FARTHEST")]
+    assert len(far) == processes and all(float(x[1]) < 1e-3 for x in far), far
+    rows = read(next((tmp_path / "runs").glob("*/metrics.csv")))
+    assert len(rows) == 4 and max(abs(row["ratio/high_mean"] - 1) for row in rows) > 0.01  # the policy moved
