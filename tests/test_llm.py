@@ -66,6 +66,15 @@ def test_group_advantages_are_deviations_from_mean_and_median(rewards, scale):
         assert sum(a) == pytest.approx(0, abs=1e-6)
 
 
+@SCRIPTS
+def test_equal_rewards_have_no_advantage_whatever_the_rounding_of_their_mean(script):
+    rewards = torch.tensor([[0.7] * 7, [0.0] * 6 + [1.0]])
+    assert rewards[0].mean() != rewards[0, 0], "the case must round"
+    both = script.group_advantages(rewards)
+    for advantages in both if script is gbpo else [both]:
+        assert not advantages[0].any() and advantages[1].any()
+
+
 def test_an_even_group_split_in_half_has_its_median_in_the_middle():
     _, median_advantages = gbpo.group_advantages(torch.tensor([[0.0, 0, 1, 1]]).double(), 0.5, "none")
     assert median_advantages.tolist() == [[-0.5, -0.5, 0.5, 0.5]]
@@ -168,6 +177,17 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
         assert stats["losses/approx_kl"].item() == pytest.approx(kl)
 
 
+@SCRIPTS
+def test_a_token_that_the_old_policy_all_but_excluded_leaves_the_loss_finite(script, monkeypatch):
+    log_probs, entropy, batch = random_batch(0)
+    batch["old_log_probs"] = log_probs.detach() - 800  # a ratio of exp(800) would be inf
+    batch["weights"] = script.token_weights(batch["mask"], "token", 9, batch["tokens"], 7)
+    monkeypatch.setattr(script, "token_log_probs", lambda *_: (log_probs, entropy))
+    loss, stats, ratios = script.minibatch_loss(None, batch, script.Args(max_completion_length=7))
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    assert all(x.isfinite().all() for x in (loss, gradient, ratios, *stats.values()))
+
+
 def test_sapo_gate_is_sech_squared():
     """Eq. 120, which lost a sech^2 in print: the derivative of the gate is 4 s (1 - s) = sech^2(tau (r - 1) / 2)."""
     args = grpo.Args(objective="sapo", tau_pos=3.0)
@@ -250,7 +270,9 @@ def new_groups(script, args, seed=0):
 
 
 @SCRIPTS
-@pytest.mark.parametrize("overrides", [{}, {"micro_batch_tokens": 60}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "overrides", [{"sampling_temperature": 0.7}, {"micro_batch_tokens": 60}, {"gradient_checkpointing": True}], ids=str
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_first_ratios_are_exactly_one(script, overrides, dtype):
     """Old and new log-probabilities are equal bit for bit, so what GBPO's target leaves at 1 gets no gradient."""
@@ -267,6 +289,27 @@ def test_first_ratios_are_exactly_one(script, overrides, dtype):
         assert log_probs.requires_grad and torch.equal(log_probs, batch["old_log_probs"])
         _, stats, ratios = script.minibatch_loss(model, batch, args)
         assert (ratios == 1).all() and stats["losses/approx_kl"] == 0 and stats["clip_ratio/region_mean"] == 0
+
+
+@SCRIPTS
+def test_each_completion_is_learned_with_the_advantage_of_its_reward_in_its_group(script):
+    args = script.Args(num_prompts=4, minibatch_prompts=2, group_size=5, micro_batch_tokens=60)
+    model, _ = script.make_model(args, torch.device("cpu"))
+    groups = new_groups(script, args)
+    for k, group in enumerate(groups):
+        group["rewards"] = torch.tensor([0.0, 1, 1, 0, 0]).roll(k).double() * (k + 1)
+    for k, minibatch in enumerate(script.make_minibatches(model, None, groups, args)):
+        found, expected, weights = [], [], 0.0
+        for batch in minibatch:
+            weights += batch["weights"].sum().item()
+            for row, advantage in enumerate(batch["advantages"].tolist()):
+                found.append((batch["ids"][row][batch["attention_mask"][row] > 0].tolist(), pytest.approx(advantage)))
+        for group in groups[2 * k : 2 * k + 2]:
+            both = script.group_advantages(group["rewards"][None])
+            advantages = (both[0] if script is gbpo else both)[0].tolist()
+            expected += [(group["problem"]["ids"] + x, a) for x, a in zip(group["completions"], advantages)]
+        assert sorted(expected) == sorted(found, key=lambda x: (x[0], x[1].expected))
+        assert weights == pytest.approx(1)  # a mean over tokens, then over responses, or over all tokens
 
 
 @SCRIPTS
