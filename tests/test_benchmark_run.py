@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -226,7 +227,9 @@ def is_complete(out, run):
 def test_every_suite_is_valid(path, tmp_path, monkeypatch, capsys):
     status, output, errors = here([path, "--dry-run", "--output-dir", tmp_path / "runs"], monkeypatch, capsys)
     runs = {"ablation": 63, "fair_mujoco": 80, "paper_mujoco": 80, "smoke": 12, "paper_atari": 80, "smoke_atari": 4}
-    runs = (runs | {"paper_locomotion": 18, "paper_figure6_small": 40, "llm_objectives": 30})[path.stem]
+    runs = (runs | {"paper_locomotion": 18, "paper_figure6_small": 40, "llm_objectives": 30, "released_mujoco": 12})[
+        path.stem
+    ]
     assert (status, len(output.splitlines())) == (0, runs)
     assert errors == [f"{runs} runs, 0 complete, 0 to resume, {runs} to start"]
     assert not (tmp_path / "runs").exists()
@@ -266,6 +269,16 @@ def test_paper_suite_holds_the_tables(tmp_path, monkeypatch, capsys):
             assert (args.temperature, args.tv_coef, args.median_coef, args.use_median) == (0.001, 0, 0.5, True)
     expected = [line.split() for line in PAPER.strip().splitlines()]
     assert found == {(row[0], row[1]): tuple(map(float, row[2:])) for row in expected}
+
+
+def test_released_suite_is_the_papers_but_for_what_the_authors_code_does():
+    paper, released = (tomllib.loads((SUITES / f"{x}_mujoco.toml").read_text()) for x in ("paper", "released"))
+    assert all(paper[name] == released[name] for name in ("tasks", "flags", "task_flags", "total_timesteps"))
+    ours, theirs = paper["variants"][0], released["variants"][0]
+    authors = dict(recompute_advantages=True, median_network="mlp-head", median_temperature=1.0)
+    assert theirs["flags"] == ours["flags"] | authors
+    lambdas = {"Hopper-v4": {"temperature": 10.0}, "Swimmer-v4": {"temperature": 0.01}}
+    assert theirs["task_flags"] == {k: x | lambdas.get(k, {}) for k, x in ours["task_flags"].items()}
 
 
 def test_dry_run_prints_the_commands_of_what_is_left(stub, tmp_path, monkeypatch, capsys):
