@@ -290,8 +290,9 @@ class Agent(nn.Module):
         self.policy_head = output_layer(args.hidden_size, action_size, gain=0.01)
         self.log_std = nn.Parameter(torch.full((action_size,), args.log_std_init))
         self.value_head = output_layer(args.hidden_size, 1, gain=1.0)
-        self.median_head = output_layer(args.hidden_size, 1, gain=1.0) if args.use_median else None
-        self.median_mlp = HiddenLayers(1, args.hidden_size, args) if args.median_network == "mlp-head" else None
+        if args.use_median:
+            self.median_head = output_layer(args.hidden_size, 1, gain=1.0)
+            self.median_mlp = HiddenLayers(1, args.hidden_size, args) if args.median_network == "mlp-head" else None
 
     def normalize(self, obs):
         return self.obs_stats(obs) if self.norm_obs else obs

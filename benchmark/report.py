@@ -54,10 +54,6 @@ class Run:
     points: np.ndarray  # of the learning curve, one each args.interval steps
     summary: dict
 
-    @property
-    def algorithm(self):
-        return self.script.split("_")[0]
-
 
 def read_run(folder):
     """Settings and curve of a run: (args.json as a dict, steps[K], returns[K]); ValueError if it cannot be read."""
@@ -97,12 +93,12 @@ def read_report(folder, interval):
             about = [row.pop(name) for name in ("task", "group", "seed", "script", "commit")]
             steps, returns = zip(*points.pop(tuple(about[:3])))
             if steps != tuple(range(interval, interval * len(steps) + 1, interval)):
-                raise ValueError(f"{folder}: the points of its curves are not {interval} steps apart: see --interval")
+                raise ValueError(f"the points of its curves are not {interval} steps apart: see --interval")
             task, group, seed, script, commit = about
             summary = {name: float(value) for name, value in row.items()}
             runs.append(Run(task, group, int(seed), script, commit, np.array(returns, float), summary))
     if points:
-        raise ValueError(f"{folder}: curves.csv and summary.csv hold different runs")
+        raise ValueError("curves.csv and summary.csv hold different runs")
     return runs
 
 
@@ -200,11 +196,9 @@ def draw_groups(axis, curves, baseline, rng):
 
 
 def find_folders(paths):
-    """The run folders among the paths and below them, and the folders of earlier reports."""
+    """The run folders among the paths and below them, and the paths that hold none: earlier reports."""
     for path in paths:
-        if any((path / x).exists() for x in ("args.json", "curves.csv")) or not (
-            below := sorted(x.parent for x in path.glob("**/args.json"))
-        ):
+        if (path / "args.json").exists() or not (below := sorted(x.parent for x in path.glob("**/args.json"))):
             yield path
         else:
             yield from below
@@ -217,10 +211,14 @@ def main(args):
 
     found, new = [], []
     for folder in find_folders(args.runs):
-        try:
-            if (folder / "curves.csv").exists():
+        if (folder / "curves.csv").exists():  # is never skipped: --output may be the same folder
+            try:
                 found += read_report(folder, args.interval)
-                continue
+            except (OSError, ValueError, KeyError) as error:
+                print(f"error: no report to extend: {folder}: {error}", file=sys.stderr)
+                sys.exit(2)
+            continue
+        try:
             (about, steps, returns), summary = read_run(folder), summarise(folder)
             grid = np.arange(args.interval, about["args"]["total_timesteps"] + 1, args.interval)
             made_by = about["script"], about.get("commit", "")[:12]
@@ -243,7 +241,7 @@ def main(args):
             print(f"error: two runs of {run.group} with seed {run.seed}: leave one out", file=sys.stderr)
             sys.exit(2)
         group[run.seed] = run
-    algorithms = {run.group: run.algorithm for run in found}
+    algorithms = {run.group: run.script.split("_")[0] for run in found}
     baseline = args.baseline or next((x for x in algorithms if x == "default"), None)
     baseline = baseline or next((x for x in sorted(algorithms) if algorithms[x] == "ppo"), None)
     if args.baseline and args.baseline not in algorithms:

@@ -141,13 +141,23 @@ def test_an_earlier_report_and_new_runs_make_the_report_of_all(tmp_path):
         assert (tmp_path / "both" / name).read_text() == (tmp_path / "all" / name).read_text()
 
 
+def test_a_report_within_the_folder_of_its_runs_is_made_anew_from_them(tmp_path):
+    make_run(tmp_path / "a__Task-v0__1" / "run")
+    run_report(tmp_path, "--output", tmp_path)
+    make_run(tmp_path / "a__Task-v0__2" / "run", seed=2)
+    again = run_report(tmp_path, "--output", tmp_path)
+    assert (again.returncode, again.stderr) == (0, "") and "| Task-v0 | a | 2 |" in again.stdout
+
+
 def test_a_report_that_cannot_be_extended_is_named(tmp_path):
     make_run(tmp_path / "a__Task-v0__1" / "run")
     run_report(tmp_path, "--output", tmp_path / "out")
     twice = run_report(tmp_path / "out", tmp_path / "a__Task-v0__1", "--output", tmp_path / "new")
     assert (twice.returncode, twice.stderr) == (2, "error: two runs of a with seed 1: leave one out\n")
     other = run_report(tmp_path / "out", "--interval", "20", "--output", tmp_path / "new")
-    assert other.returncode == 2 and other.stderr.startswith("skipped") and "not 20 steps apart" in other.stderr
+    assert other.returncode == 2 and "not 20 steps apart" in other.stderr
+    beside = run_report(tmp_path / "out", tmp_path / "a__Task-v0__1", "--interval", "20", "--output", tmp_path / "out")
+    assert beside.returncode == 2 and "not 20 steps apart" in beside.stderr  # not overwritten by the new run alone
     curves = tmp_path / "out" / "curves.csv"
     curves.write_text(curves.read_text() + "Task-v0,b,1,50,3\n")
     foreign = run_report(tmp_path / "out", "--output", tmp_path / "new")

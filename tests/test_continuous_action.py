@@ -435,6 +435,7 @@ BPO_SETTINGS = [
     {"recompute_advantages": True},
     {"recompute_advantages": True, "median_network": "head", "norm_adv": False, "temperature": 1.0},
     {"median_network": "mlp-head", "median_coef": 2.0, "value_coef": 0.1},
+    {"median_network": "mlp-head", "use_median": False},
     {"ratio_low": 0.3, "ratio_high": 1.2},
     {"ratio_low": 0.0, "ratio_high": 1.6, "divergence": "kl", "temperature": 0.5},
     {"ratio_high": 2.0, "median_temperature": 1.3, "recompute_advantages": True},
