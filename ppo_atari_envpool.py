@@ -472,6 +472,7 @@ def train(args):
                 raise BadInput(f"--resume takes the settings of the run: leave out --{field.name.replace('_', '-')}")
     check_args(args)
     step = checkpoint["step"] if checkpoint else 0
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages, which are quick to map (Linux)
     num_steps, num_envs, device = args.num_steps, args.num_envs // WORLD_SIZE, args.device
     envs, obs_space, action_space = make_envs(args, num_envs, (args.seed + step + RANK * num_envs) % 2**31)
     on_gpu = device == "cuda"
