@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ STOP = []  # signals received: a first Ctrl-C or SIGTERM ends the run after the 
 
 class BadInput(ValueError):
     """Input that cannot work: printed as one line, exit status 2."""
+
+
+def can_compile():
+    """Whether torch.compile finds what it needs on a CPU: a C++ compiler and Python's headers."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return shutil.which(compiler) is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 @dataclass
@@ -94,6 +101,10 @@ class Args:
     """initial standard deviation of the actions: 1.0 for mjlab and Isaac Lab, where actions are scaled down"""
     matmul_precision: Literal["highest", "high", "medium"] = "medium"
     """of float32 matrix products: medium is TF32 on a GPU, bfloat16 on a CPU with AMX, else float32 by oneDNN"""
+    bf16: bool = False
+    """compute the hidden layers in bfloat16: faster on processors that have it (avx512_bf16, AMX) and on GPUs"""
+    compile: bool = False
+    """torch.compile the gradient step"""
     output_dir: str = "runs"
     """folder that receives this run's folder"""
     checkpoint_interval: int = 20
@@ -138,6 +149,8 @@ def check_args(args):
         raise BadInput(
             f"num_envs * num_steps = {samples} samples do not divide into --num-minibatches {parts} of 2 or more"
         )
+    if args.compile and not can_compile():
+        raise BadInput("--compile needs a C++ compiler (CXX or g++) and Python's headers: install them or --no-compile")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda needs a GPU and a CUDA build of PyTorch: there is none here, pass --device cpu")
 
@@ -360,15 +373,26 @@ class RunningNormalizer(nn.Module):
         return ((x - self.mean.float()) / self.std()).clamp(-10, 10)
 
 
-def mlp(inputs, outputs, args):
+class MLP(nn.Sequential):
     """Layers of --hidden-sizes with ELU between them, as in RSL-RL; the output starts near 0."""
-    sizes, layers = [inputs, *args.hidden_sizes], []
-    for before, after in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(before, after), nn.ELU()]
-    output = nn.Linear(sizes[-1], outputs)
-    nn.init.orthogonal_(output.weight, 0.01)
-    nn.init.zeros_(output.bias)
-    return nn.Sequential(*layers, output)
+
+    def __init__(self, inputs, outputs, args):
+        sizes, layers = [inputs, *args.hidden_sizes], []
+        for before, after in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(before, after), nn.ELU()]
+        output = nn.Linear(sizes[-1], outputs)
+        nn.init.orthogonal_(output.weight, 0.01)
+        nn.init.zeros_(output.bias)
+        super().__init__(*layers, output)
+        self.bf16 = args.bf16
+
+    def forward(self, x):
+        *layers, output = self
+        features = x
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            for layer in layers:
+                features = layer(features)
+        return output(features.to(x.dtype))
 
 
 class Agent(nn.Module):
@@ -379,9 +403,9 @@ class Agent(nn.Module):
         self.obs_stats = RunningNormalizer(obs_size)
         self.privileged_stats = RunningNormalizer(privileged_size)
         self.norm_obs = args.norm_obs
-        self.policy = mlp(obs_size, action_size, args)
+        self.policy = MLP(obs_size, action_size, args)
         self.std = nn.Parameter(torch.full((action_size,), args.init_std))
-        self.critic = mlp(privileged_size, 1, args)
+        self.critic = MLP(privileged_size, 1, args)
 
     @property
     def log_std(self):
@@ -459,13 +483,13 @@ def minibatch_loss(agent, batch, args):
     return loss, stats
 
 
-def minibatch_gradient(agent, parameters, batch, indices, learning_rate, args):
+def minibatch_gradient(agent, parameters, batch, learning_rate, args):
     """The clipped gradient of all parameters as one vector, the statistics stacked, and their names.
 
-    indices[B] choose the minibatch from batch, a dict of tensors [T * N, ...]. The function is a pure tensor program,
-    so it compiles into one graph. With the adaptive schedule it moves learning_rate[] as RSL-RL does.
+    batch is a dict of tensors [B, ...]. The function is a pure tensor program, so it compiles into one graph. With the
+    adaptive schedule it moves learning_rate[] as RSL-RL does.
     """
-    loss, stats = minibatch_loss(agent, {name: x[indices] for name, x in batch.items()}, args)
+    loss, stats = minibatch_loss(agent, batch, args)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
     stats["losses/grad_norm"] = norm = gradient.norm()
     if args.lr_schedule == "adaptive":
@@ -564,7 +588,7 @@ def load_run(run_dir, name):
     """Args and checkpoint `name` of a run; BadInput if they are missing, damaged or not this script's."""
     try:
         settings = json.loads((run_dir / "args.json").read_text())["args"]
-        args = Args(**settings | {"hidden_sizes": tuple(settings["hidden_sizes"])})
+        args = Args(**settings | {"hidden_sizes": tuple(settings["hidden_sizes"]), "compile": False})
         check_args(args)
         checkpoint = torch.load(run_dir / name, weights_only=True, map_location=find_device(args))
         script, env_id = checkpoint["script"], checkpoint["env_id"]
@@ -618,6 +642,7 @@ def train(args):
         args, checkpoint = load_run(run_dir, "checkpoint.pt")
         if checkpoint["device"] != find_device(args).type:
             raise BadInput(f"{run_dir} was trained on {checkpoint['device']}: it can be resumed there only")
+        args.compile = asked.compile  # depends on the machine, not on the run
         for field in dataclasses.fields(Args):
             value = getattr(asked, field.name)
             if field.name != "resume" and value not in (field.default, getattr(args, field.name)):
@@ -642,6 +667,11 @@ def train(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         generator.set_state(checkpoint["rng_state"].cpu())
     learning_rate = optimizer.param_groups[0]["lr"]
+    gradient_function = minibatch_gradient
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True
+        torch.compiler.reset()  # drops the graph of an earlier run in this process
+        gradient_function = torch.compile(minibatch_gradient, fullgraph=True)
 
     if not checkpoint:
         run_dir = make_run_dir(args)
@@ -734,13 +764,14 @@ def train(args):
             batch = {name: x.flatten(0, 1)[rows] for name, x in batch.items()}
             prepare_batch(batch, args)
 
-        # One order for all epochs, as in RSL-RL; it is topped up from its front in place of the dummy rows.
+        # The same minibatches in all epochs, as in RSL-RL; the order is topped up from its front for the dummy rows.
         order = torch.randperm(len(rows), generator=generator, device=device)
         order = order[torch.arange(num_steps * num_envs, device=device) % len(rows)]
+        minibatches = [{name: x[part] for name, x in batch.items()} for part in order.view(args.num_minibatches, -1)]
         totals, learning_rates = 0, 0
         for _ in range(args.update_epochs):
-            for indices in order.view(args.num_minibatches, -1):
-                flat.grad, stats, names = minibatch_gradient(agent, parameters, batch, indices, learning_rate, args)
+            for minibatch in minibatches:
+                flat.grad, stats, names = gradient_function(agent, parameters, minibatch, learning_rate, args)
                 optimizer.step()
                 totals, learning_rates = totals + stats, learning_rates + learning_rate
         updates = args.update_epochs * args.num_minibatches

@@ -226,9 +226,41 @@ def test_adaptive_learning_rate_follows_rsl_rl(script, kl, start, expected, move
             batch["log_stds"] = (agent.std * r).log().expand(48, 2)
     script.prepare_batch(batch, args)
     learning_rate, parameters = torch.tensor(start), list(agent.parameters())
-    _, stats, names = script.minibatch_gradient(agent, parameters, batch, torch.arange(48), learning_rate, args)
+    _, stats, names = script.minibatch_gradient(agent, parameters, batch, learning_rate, args)
     assert stats[names.index("losses/kl")].item() == pytest.approx(kl, rel=1e-3)
     assert learning_rate.item() == pytest.approx(expected, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- speed
+
+
+@SCRIPTS
+def test_bfloat16_computes_the_same_to_its_precision(script):
+    _, agent = new_agent(script, torch.float32)
+    _, rough = new_agent(script, torch.float32, bf16=True)
+    x = torch.randn(16, 4)
+    for exact, found in ((agent.value(x), rough.value(x)), (agent.policy(x[:, :3]), rough.policy(x[:, :3]))):
+        assert found.dtype == torch.float32 and 0 < (found - exact).abs().max() < 0.05 * exact.abs().max()
+    assert all(p.dtype == torch.float32 for p in rough.parameters())
+
+
+@SCRIPTS
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradient_is_one_graph(script, bf16):
+    """torch.compile traces all of it, the adaptive rate included; inductor's own code is not what is tested here."""
+    args, agent = new_agent(script, torch.float32, bf16=bf16)
+    batch = sample_batch(script, args, agent, dtype=torch.float32)
+    script.prepare_batch(batch, args)
+    graph = torch.compile(script.minibatch_gradient, fullgraph=True, backend="aot_eager")
+    results, parameters = [], list(agent.parameters())
+    for function in (script.minibatch_gradient, graph):
+        learning_rate = torch.tensor(1e-3)
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            gradient, stats, _ = function(agent, parameters, batch, learning_rate, args)
+        results.append((gradient, stats, learning_rate))
+    assert results[0][2] != 1e-3
+    for plain, traced in zip(*results):
+        torch.testing.assert_close(traced, plain, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- siblings

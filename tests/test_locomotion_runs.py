@@ -119,14 +119,20 @@ def marked(e, k, action):
 def test_returns_and_rows_under_both_kinds_of_reset(script, next_step, tmp_path, monkeypatch):
     """Dummy rows reach nothing; a time limit bootstraps from the true last observation, or from the one before."""
     use(script, monkeypatch, marked, next_step)
-    batches, gradient, gamma, lam = [], script.minibatch_gradient, 0.9, 0.8
+    batches, minibatches, gamma, lam = [], [], 0.9, 0.8
+    prepare, gradient = script.prepare_batch, script.minibatch_gradient
 
-    def record(agent, parameters, batch, indices, *rest):
+    def record_batch(batch, args):
+        prepare(batch, args)
+        batches.append({name: x.clone() for name, x in batch.items()})
+
+    def record(agent, parameters, batch, *rest):
         inputs = {x: agent.normalize_privileged(torch.tensor([[x + 0.5]])) for x in (1.0, 2, 3, 4, 5, 6, 7, 1000)}
         values = {x: agent.value(privileged).item() for x, privileged in inputs.items()}
-        batches.append(({name: x.clone() for name, x in batch.items()}, indices, values))
-        return gradient(agent, parameters, batch, indices, *rest)
+        minibatches.append((batch, values))
+        return gradient(agent, parameters, batch, *rest)
 
+    monkeypatch.setattr(script, "prepare_batch", record_batch)
     monkeypatch.setattr(script, "minibatch_gradient", record)
     monkeypatch.setattr(script, "report", lambda *_: {})
     settings = SMALL | dict(
@@ -154,7 +160,7 @@ def test_returns_and_rows_under_both_kinds_of_reset(script, next_step, tmp_path,
         assert state[f"{stats}.var"].item() == pytest.approx(real.var())
 
     # The first iteration's batch against the sum of discounted errors. The normaliser still passes values through.
-    batch, _, values = batches[0]
+    batch, (_, values) = batches[0], minibatches[0]
     first, nexts = rows[:12], [row[0] if row else 1000 for row in rows[1:13]]
     errors = []
     for row, following in zip(first, nexts):
@@ -178,9 +184,10 @@ def test_returns_and_rows_under_both_kinds_of_reset(script, next_step, tmp_path,
     torch.testing.assert_close(found, found[:, :1].expand(-1, 3))
     assert batch["obs"].max() <= 7
 
-    # Every real row is in each epoch; both epochs use one order.
-    epochs = [torch.cat([indices for _, indices, _ in batches[i : i + 3]]) for i in (0, 3)]
-    assert torch.equal(*epochs) and set(epochs[0].tolist()) == set(range(len(batch["obs"]))) and len(epochs[0]) == 36
+    # Every real row, known by its action, is in each epoch; both epochs use one order.
+    epochs = [torch.cat([x["actions"] for x, _ in minibatches[i : i + 3]]).flatten() for i in (0, 3)]
+    assert torch.equal(*epochs) and set(epochs[0].tolist()) == set(batch["actions"].flatten().tolist())
+    assert len(epochs[0]) == 36
 
 
 @SCRIPTS
@@ -192,6 +199,27 @@ def test_policy_moves_to_the_best_action(script, tmp_path, monkeypatch):
     assert results["deterministic"]["mean"] > -0.02
     rows = read(run_dir / "metrics.csv")
     assert rows[-1]["charts/std"] < 0.9 and len(set(column(rows, "charts/learning_rate"))) > 3
+
+
+@SCRIPTS
+def test_a_compiled_run_equals_a_plain_one(script, tmp_path, monkeypatch):
+    use(script, monkeypatch, lambda e, k, action: (0.0, -((action - 0.5) ** 2), "terminated"))
+    plain, compiled = (
+        read(train(script, tmp_path / str(x), **SMALL, total_timesteps=200, compile=x) / "metrics.csv")
+        for x in (False, True)
+    )
+    for row, other in zip(plain, compiled, strict=True):
+        assert [row[x] for x in row if x.startswith(("losses/", "charts/l"))] == pytest.approx(
+            [other[x] for x in row if x.startswith(("losses/", "charts/l"))], rel=1e-3, abs=1e-5
+        )
+
+
+def test_compiling_without_a_compiler_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for script in BOTH.values():
+        with pytest.raises(script.BadInput, match="--compile needs a C.. compiler"):
+            train(script, tmp_path / "out", **HOPPER, compile=True)
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- EnvPool
