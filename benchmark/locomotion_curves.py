@@ -3,7 +3,8 @@
     python benchmark/locomotion_curves.py runs/paper_locomotion/*__Go1JoystickRoughTerrain-v1__*/*/ --output OUTPUT
 
 writes curves.png and curves.csv: each metric's mean over the runs of a script, one line per script, and a light line
-per run. Unfinished runs are drawn as far as they are; the mean ends where the shortest run does.
+per run. Unfinished runs are drawn as far as they are; the mean ends where the shortest run does. table.md has a row per
+run: its last return, the evaluation after training, where it has one, and the commit.
 """
 
 import json
@@ -33,16 +34,28 @@ class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """run folders of one task"""
     output: Path
-    """folder for curves.png and curves.csv"""
+    """folder for curves.png, curves.csv and table.md"""
     points: int = 200
     """points per curve: each is the mean of the iterations around it"""
 
 
-def read_metrics(run_dir):
-    """The run's args.json and its metrics as columns, an array [iterations] each."""
-    about = json.loads((run_dir / "args.json").read_text())
-    names, *lines = (run_dir / "metrics.csv").read_text().splitlines()
-    return about, dict(zip(names.split(","), np.array([line.split(",") for line in lines], float).T))
+def bad_input(line):
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_run(run_dir):
+    """The run's args.json, its metrics as columns, an array [iterations] each, and its evaluation.json or {}."""
+    try:
+        about = json.loads((run_dir / "args.json").read_text())
+        complete_lines = (run_dir / "metrics.csv").read_text().rpartition("\n")[0]
+        names, *lines = complete_lines.split("\n")
+        values = np.array([line.split(",") for line in lines], float)
+        metrics = dict(zip(names.split(","), values.T, strict=True))
+        evaluation = run_dir / "evaluation.json"
+        return about, metrics, json.loads(evaluation.read_text()) if evaluation.exists() else {}
+    except (OSError, ValueError) as error:
+        bad_input(f"{run_dir} is not a readable run, leave it out: {error}")
 
 
 def smooth(steps, values, edges):
@@ -58,17 +71,19 @@ def main(args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = [read_metrics(folder) for folder in args.runs]
-    if len({about["args"]["env_id"] for about, _ in runs}) != 1:
-        sys.exit("error: give runs of one task")
-    edges = np.linspace(0, max(x["step"][-1] for _, x in runs) + 1, args.points + 1)
+    runs = [read_run(folder) for folder in args.runs]
+    if len({about["args"]["env_id"] for about, *_ in runs}) != 1:
+        bad_input("give runs of one task")
+    runs.sort(key=lambda run: (run[0]["script"], run[0]["args"]["seed"]))
+    panels = {metric: title for metric, title in METRICS.items() if any(metric in x for _, x, _ in runs)}
+    edges = np.linspace(0, max(x["step"][-1] for _, x, _ in runs) + 1, args.points + 1)
     middles, rows = (edges[:-1] + edges[1:]) / 2, ["script,seeds,metric,step,mean"]
     figure, axes = plt.subplots(3, 3, figsize=(13, 9), sharex=True)
-    for axis, (metric, title) in zip(axes.flat, METRICS.items()):
+    for axis, (metric, title) in zip(axes.flat, panels.items()):
         axis.set_title(title)
         axis.set_yscale("log" if metric == "charts/learning_rate" else "linear")
-        for color, script in enumerate(sorted({about["script"] for about, _ in runs})):
-            columns = [x for about, x in runs if about["script"] == script and metric in x]
+        for color, script in enumerate(sorted({about["script"] for about, *_ in runs})):
+            columns = [x for about, x, _ in runs if about["script"] == script and metric in x]
             if not columns:
                 continue
             each = np.array([smooth(x["step"], x[metric], edges) for x in columns])
@@ -78,13 +93,27 @@ def main(args):
             known = np.isfinite(mean)
             rows += [f"{script},{len(each)},{metric},{s:.0f},{m:.5g}" for s, m in zip(middles[known], mean[known])]
     axes[0, 0].legend()
-    for axis in axes[-1]:
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes.flat[max(len(panels) - 3, 0) : len(panels)]:
         axis.set_xlabel("environment steps")
+        axis.tick_params(labelbottom=True)
     figure.suptitle(runs[0][0]["args"]["env_id"])
     figure.tight_layout()
     args.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output / "curves.png", dpi=80)
     (args.output / "curves.csv").write_text("\n".join(rows) + "\n")
+
+    table = ["| script | seed | steps | return, last 100 episodes | deterministic | stochastic | commit |"]
+    table += ["|-|-|-|-|-|-|-|"]
+    for about, metrics, evaluation in runs:
+        row = [f"`{about['script']}`", about["args"]["seed"], f"{metrics['step'][-1]:.0f}"]
+        row += [f"{metrics['charts/mean_return_100'][-1]:.1f}"]
+        for kind in ("deterministic", "stochastic"):
+            result = evaluation.get(kind)
+            row += [f"{result['mean']:.1f} +- {result['std']:.1f}" if result else "-"]
+        table += [f"| {' | '.join(map(str, row))} | `{about['commit'][:7]}` |"]
+    (args.output / "table.md").write_text("\n".join(table) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""benchmark/locomotion_curves.py on run folders written by hand."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmark" / "locomotion_curves.py"
+
+
+def write_run(folder, script, seed, returns, task="Go1JoystickRoughTerrain-v1", evaluation=None):
+    """A run of one row per 100 steps, whose rates of learning are 1 + the return."""
+    folder.mkdir()
+    about = {"script": script, "commit": f"{seed}abcdef0123", "args": {"env_id": task, "seed": seed}}
+    (folder / "args.json").write_text(json.dumps(about))
+    rows = [f"{100 * (i + 1)},{x},{1 + x}" for i, x in enumerate(returns)]
+    header = "step,charts/mean_return_100,charts/learning_rate"
+    (folder / "metrics.csv").write_text("\n".join([header, *rows]) + "\n")
+    if evaluation:
+        result = {"mean": evaluation, "std": 0.5}
+        (folder / "evaluation.json").write_text(json.dumps({"deterministic": result, "stochastic": result}))
+    return folder
+
+
+def draw(*words):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True)
+
+
+def test_curves_are_means_over_seeds_and_the_table_has_every_run(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", "bpo_locomotion", 2, [3, 5, 7, 9], evaluation=8.25),
+        write_run(tmp_path / "b", "bpo_locomotion", 1, [1, 1, 1]),  # unfinished
+        write_run(tmp_path / "c", "ppo_locomotion", 1, [2, 2, 2, 2]),
+    ]
+    with (runs[1] / "metrics.csv").open("a") as file:
+        file.write("400,9")  # half written
+    done = draw(*runs, "--output", tmp_path / "out", "--points", 4)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out" / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = [
+        float(x["mean"]) for x in rows if (x["script"], x["metric"]) == ("bpo_locomotion", "charts/mean_return_100")
+    ]
+    assert found == [2, 3, 4]
+    assert {x["seeds"] for x in rows if x["script"] == "ppo_locomotion"} == {"1"}
+    assert {x["metric"] for x in rows} == {"charts/mean_return_100", "charts/learning_rate"}
+    assert (tmp_path / "out" / "curves.png").read_bytes()[1:4] == b"PNG"
+    assert (tmp_path / "out" / "table.md").read_text().splitlines()[2:] == [
+        "| `bpo_locomotion` | 1 | 300 | 1.0 | - | - | `1abcdef` |",
+        "| `bpo_locomotion` | 2 | 400 | 9.0 | 8.2 +- 0.5 | 8.2 +- 0.5 | `2abcdef` |",
+        "| `ppo_locomotion` | 1 | 400 | 2.0 | - | - | `1abcdef` |",
+    ]
+
+
+@pytest.mark.parametrize("fault", ["task", "missing", "damaged"])
+def test_unusable_runs_are_one_line(fault, tmp_path):
+    first = write_run(tmp_path / "a", "bpo_locomotion", 1, [1, 2])
+    second = write_run(tmp_path / "b", "ppo_locomotion", 1, [1, 2], task="Ant-v4" if fault == "task" else None)
+    if fault == "missing":
+        (second / "metrics.csv").unlink()
+    if fault == "damaged":
+        (second / "metrics.csv").write_text("step,charts/mean_return_100\n100,1\n200,x\n")
+    done = draw(first, second, "--output", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert ("one task" if fault == "task" else str(second)) in done.stderr
