@@ -84,7 +84,7 @@ class Args:
     clip_coef: float = 0.2
     """epsilon: the ratio's bounds are 1 - epsilon and 1 + epsilon"""
     norm_adv: bool = True
-    """scale the rollout's advantages to a standard deviation of 1 (PPO centres them as well, BPO does not)"""
+    """standardise the rollout's advantages"""
     norm_obs: bool = True
     """standardise observations with running statistics; the paper does not: Isaac Lab's come scaled"""
     value_coef: float = 1.0

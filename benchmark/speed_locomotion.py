@@ -21,12 +21,10 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 5  # iterations
-PROGRAMS = (
-    "bpo_locomotion",
-    "bpo_locomotion --update-epochs 5",
-    "bpo_locomotion --matmul-precision highest",
-    "ppo_locomotion",
-    "ppo_locomotion --matmul-precision highest",
+PROGRAMS = tuple(
+    script + flags
+    for script in ("bpo_locomotion", "ppo_locomotion")
+    for flags in (" --matmul-precision highest", "", " --compile", " --bf16", " --bf16 --compile")
 )
 
 
