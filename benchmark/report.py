@@ -169,12 +169,12 @@ def read_published():
         return {(row["task"], row["algorithm"], row["step"]): row["return"] for row in rows}
 
 
-def draw_curves(axis, curves, grid, rng):
-    """Mean and interval of each group, curves[label][S, K], over the steps grid[K]."""
+def draw_curves(axis, curves, grid, colors, rng):
+    """Mean and interval of each group, curves[label][S, K], over the steps grid[K], in the label's colour."""
     for label, values in curves.items():
         low, high = interval_of_mean(values, rng)
-        (line,) = axis.plot(grid, values.mean(0), label=f"{label} ({len(values)} seeds)")
-        axis.fill_between(grid, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.plot(grid, values.mean(0), color=colors[label], label=f"{label} ({len(values)} seeds)")
+        axis.fill_between(grid, low, high, color=colors[label], alpha=0.2, linewidth=0)
     axis.set(xlabel="environment steps", ylabel=f"return, mean of the last {WINDOW} episodes")
     axis.legend(loc="best", frameon=False)
 
@@ -263,6 +263,7 @@ def main(args):
         "|-|-|-|-|-|-|",
     ]
     rng, published, ends = np.random.default_rng(0), read_published(), {}
+    colors = {label: f"C{i}" for i, label in enumerate(sorted({x for task in tasks for x in groups[task]}))}
     for axis, task in zip(axes[0], tasks):
         runs = {label: dict(sorted(group.items())) for label, group in sorted(groups[task].items())}
         length = min(len(run.points) for group in runs.values() for run in group.values())
@@ -295,7 +296,7 @@ def main(args):
                 figures = [f"{x:.{digits}f}" for x in difference] + [f"{x:.2f}" for x in improvement]
                 cells = "{} | {} to {} | {} | {} to {}".format(*figures)
                 against.append(f"| {task} | {label} | {cells} |")
-        draw_groups(axis, curves, baseline, rng) if many else draw_curves(axis, curves, grid, rng)
+        draw_groups(axis, curves, baseline, rng) if many else draw_curves(axis, curves, grid, colors, rng)
         axis.set_title(f"{task}, {end} steps" if many else task)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)

@@ -56,6 +56,23 @@ def test_curve_is_the_mean_of_the_last_hundred_episodes():
         assert np.isnan(value) if len(ended) == 0 else value == pytest.approx(ended.mean())
 
 
+def test_a_group_has_one_colour_on_all_tasks(tmp_path, monkeypatch):
+    """Also where another group is missing."""
+    draw, lines = report.draw_curves, {}
+
+    def record(axis, *rest):
+        draw(axis, *rest)
+        for line in axis.get_lines():
+            lines.setdefault(line.get_label().split()[0], []).append(line.get_color())
+
+    monkeypatch.setattr(report, "draw_curves", record)
+    for task, groups in (("Ant-v4", "ac"), ("Hopper-v4", "abc")):
+        for group in groups:
+            make_run(tmp_path / "runs" / f"{group}__{task}__1" / "run", env_id=task)
+    assert run_report(tmp_path / "runs", "--output", tmp_path / "out").returncode == 0
+    assert {label: len(set(x)) for label, x in lines.items()} == {"a": 1, "b": 1, "c": 1} and len(lines["c"]) == 2
+
+
 def test_interval_of_the_mean_covers_it_nineteen_times_in_twenty():
     rng = np.random.default_rng(1)
     low, high = report.interval_of_mean(rng.normal(size=(40, 300)), rng)
