@@ -727,7 +727,7 @@ def train(args):
     if dist.is_initialized():
         dist.destroy_process_group()
     if RANK:
-        return
+        os._exit(0)  # an orderly exit has been seen to abort, while threads of the libraries were still ending
     episodes_file.close()
     metrics_file.close()
     if step < args.total_timesteps:
