@@ -12,7 +12,7 @@ What differs from the sibling, ppo_locomotion.py:
 1. target_ratio: the optimal ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
 2. policy_loss: the distance of the ratio from that target, weighted by abs(advantage) (Eq. 16), not the clip (Eq. 17).
 3. median_loss and a median head: the baseline that makes the target policy sum to one (Eq. 15).
-4. Both advantages are divided by one standard deviation; the one from the median is centred on its median.
+4. Both advantages are divided by one standard deviation; the one of the targets is centred on its median.
 5. improvement_bound: the terms of Corollary 4.4, logged under theory/.
 6. Defaults: Table 2's, where the sibling has Table 3's.
 """
@@ -101,7 +101,7 @@ class Args:
     tv_coef: float = 0.0
     """alpha_1: weight of the plain total variation beside the advantage-weighted one (Eq. 16)"""
     norm_adv: bool = True
-    """standardise the rollout's advantages; those from the median are centred on their median"""
+    """standardise the rollout's advantages; those that give the targets are centred on their median"""
     norm_obs: bool = True
     """standardise observations with running statistics; the paper does not: Isaac Lab's come scaled"""
     value_coef: float = 0.5
@@ -495,15 +495,12 @@ def prepare_batch(batch, args):
     advantages = batch["advantages"]
     # The floor keeps equal advantages, whose deviation is rounding, from drowning the critics' gradient.
     scale = torch.maximum(advantages.std(), 0.1 * advantages.abs().mean()) + 1e-8 if args.norm_adv else 1.0
-    # Value and median lag behind growing returns. Uncentred, most targets would then lie above 1, and raising the
-    # probability of nearly all actions shrinks their deviation long before the mean is right.
+    median_advantages = batch["returns"] - batch["medians" if args.use_median else "values"]
     if args.norm_adv:
+        # Value and median lag behind growing returns. Uncentred, most targets would then lie above 1, and raising the
+        # probability of nearly all actions shrinks their deviation long before the mean is right.
         advantages = advantages - advantages.mean()
-    median_advantages = advantages
-    if args.use_median:
-        median_advantages = batch["returns"] - batch["medians"]
-        if args.norm_adv:
-            median_advantages = median_advantages - median_advantages.median()
+        median_advantages = median_advantages - median_advantages.median()
     batch["temperatures"] = torch.ones_like(advantages) * args.temperature * scale
     batch["targets"] = target_ratio(median_advantages, *ratio_bounds(args), batch["temperatures"])
     batch["median_advantages"], batch["advantages"] = median_advantages, advantages / scale

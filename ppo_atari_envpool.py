@@ -461,6 +461,8 @@ def make_run_dir(args):
 
 def train(args):
     """Trains an agent and returns its run's folder; BadInput before anything is created."""
+    # Large tensors in huge pages, which are quick to map (Linux). PyTorch reads this at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     checkpoint = None
     if args.resume:
         asked, run_dir = args, Path(args.resume)
@@ -472,7 +474,6 @@ def train(args):
                 raise BadInput(f"--resume takes the settings of the run: leave out --{field.name.replace('_', '-')}")
     check_args(args)
     step = checkpoint["step"] if checkpoint else 0
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages, which are quick to map (Linux)
     num_steps, num_envs, device = args.num_steps, args.num_envs // WORLD_SIZE, args.device
     envs, obs_space, action_space = make_envs(args, num_envs, (args.seed + step + RANK * num_envs) % 2**31)
     on_gpu = device == "cuda"
@@ -655,7 +656,7 @@ def train(args):
     if dist.is_initialized():
         dist.destroy_process_group()
     if RANK:
-        os._exit(0)  # an orderly exit has been seen to abort, while threads of the libraries were still ending
+        return
     episodes_file.close()
     metrics_file.close()
     if step < args.total_timesteps:
@@ -681,7 +682,10 @@ def main(args):
     if not args.evaluate:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, request_stop)
-        return train(args)
+        run_dir = train(args)
+        if RANK:
+            os._exit(0)  # an orderly exit has been seen to abort, while threads of the libraries were still ending
+        return run_dir
     run_dir = Path(args.evaluate)
     run_args, checkpoint = load_run(run_dir, "agent.pt" if (run_dir / "agent.pt").exists() else "checkpoint.pt")
     run_args = dataclasses.replace(run_args, eval_episodes=args.eval_episodes, capture_video=args.capture_video)

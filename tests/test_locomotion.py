@@ -93,8 +93,7 @@ def test_bpo_targets_are_theorem_4_1_on_the_whole_rollout(norm_adv, use_median):
     if norm_adv:
         scale = np.std(advantages, ddof=1)
         advantages = advantages - advantages.mean()
-        middle = np.sort(median_advantages)[(len(medians) - 1) // 2] if use_median else median_advantages.mean()
-        median_advantages = median_advantages - middle
+        median_advantages = median_advantages - np.sort(median_advantages)[(len(medians) - 1) // 2]
     bpo.prepare_batch(batch, args)
     targets = 1 + 0.25 * np.tanh(median_advantages / (2 * 0.3 * scale))
     np.testing.assert_allclose(batch["targets"], targets, rtol=1e-6)
@@ -153,11 +152,10 @@ def literal_objective(script, args, agent, batch):
         clipped = ratio.clip(1 - args.clip_coef, 1 + args.clip_coef)
         return loss - torch.minimum(ratio * advantage, clipped * advantage).mean(), ratio
     scale = deviation if args.norm_adv else 1.0
-    width, median_advantage = args.temperature * scale, advantage
+    width, median_advantage = args.temperature * scale, returns - batch["medians" if args.use_median else "values"]
+    if args.norm_adv:
+        median_advantage = median_advantage - median_advantage.median()
     if args.use_median:
-        median_advantage = returns - batch["medians"]
-        if args.norm_adv:
-            median_advantage = median_advantage - median_advantage.median()
         x = (returns - agent.median_head(batch["privileged"])[:, 0]) / width
         loss = loss + args.median_coef * width * torch.log(torch.exp(x / 2) + torch.exp(-x / 2)).mean()
     target = 1 + args.clip_coef * torch.tanh(median_advantage / (2 * width))
@@ -328,7 +326,7 @@ def test_what_the_siblings_share_is_the_same_text():
 
 # Also in the scripts for continuous actions, in the same words.
 SHARED = {"BadInput", "RunningNormalizer", "log_prob", "kl_divergence", "policy_loss", "ratio_statistics", "to_env"}
-SHARED |= {"report", "write_atomically", "to_bytes", "load_agent", "trim", "request_stop"}
+SHARED |= {"can_compile", "report", "write_atomically", "to_bytes", "load_agent", "trim", "request_stop"}
 SHARED_BPO = {"target_ratio", "median_loss"}
 
 
