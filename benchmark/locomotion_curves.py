@@ -36,7 +36,7 @@ class Args:
     output: Path
     """folder for curves.png, curves.csv and table.md"""
     points: int = 200
-    """points per curve: each is the mean of the iterations around it"""
+    """points per curve, at most: each is the mean of the iterations around it"""
 
 
 def bad_input(line):
@@ -76,7 +76,8 @@ def main(args):
         bad_input("give runs of one task")
     runs.sort(key=lambda run: (run[0]["script"], run[0]["args"]["seed"]))
     panels = {metric: title for metric, title in METRICS.items() if any(metric in x for _, x, _ in runs)}
-    edges = np.linspace(0, max(x["step"][-1] for _, x, _ in runs) + 1, args.points + 1)
+    points = min(args.points, max(len(x["step"]) for _, x, _ in runs))
+    edges = np.linspace(0, max(x["step"][-1] for _, x, _ in runs) + 1, points + 1)
     middles, rows = (edges[:-1] + edges[1:]) / 2, ["script,seeds,metric,step,mean"]
     figure, axes = plt.subplots(3, 3, figsize=(13, 9), sharex=True)
     for axis, (metric, title) in zip(axes.flat, panels.items()):
@@ -87,10 +88,12 @@ def main(args):
             if not columns:
                 continue
             each = np.array([smooth(x["step"], x[metric], edges) for x in columns])
-            axis.plot(middles, each.T, color=f"C{color}", alpha=0.25, linewidth=0.8)
+            for values in each:
+                known = np.isfinite(values)  # a few are not where there are hardly more iterations than points
+                axis.plot(middles[known], values[known], color=f"C{color}", alpha=0.25, linewidth=0.8)
             mean = each.mean(0)
-            axis.plot(middles, mean, color=f"C{color}", label=f"{script} ({len(columns)})")
             known = np.isfinite(mean)
+            axis.plot(middles[known], mean[known], color=f"C{color}", label=f"{script} ({len(columns)})")
             rows += [f"{script},{len(each)},{metric},{s:.0f},{m:.5g}" for s, m in zip(middles[known], mean[known])]
     axes[0, 0].legend()
     for axis in axes.flat[len(panels) :]:
@@ -112,7 +115,8 @@ def main(args):
         for kind in ("deterministic", "stochastic"):
             result = evaluation.get(kind)
             row += [f"{result['mean']:.1f} +- {result['std']:.1f}" if result else "-"]
-        table += [f"| {' | '.join(map(str, row))} | `{about['commit'][:7]}` |"]
+        commit = about["commit"][:7] + "-dirty" * about["commit"].endswith("-dirty")
+        table += [f"| {' | '.join(map(str, row))} | `{commit}` |"]
     (args.output / "table.md").write_text("\n".join(table) + "\n")
 
 

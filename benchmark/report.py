@@ -6,9 +6,10 @@
 The second adds new runs to those of an earlier report, whose run folders may be gone.
 
 Runs of a suite are grouped by task and variant; others by task, script and the flags in which runs of one script
-differ. The figure at a step is the mean return of the last 100 episodes that had ended by then. Intervals are 95%
-bootstrap intervals over seeds. The interquartile mean (IQM) and the probability of improvement, P(a run of the group is
-better than one of the baseline), are rliable's (Agarwal et al., "Deep RL at the Edge of the Statistical Precipice").
+differ, which an earlier report does not hold: only runs of a suite can be added to one. The figure at a step is the
+mean return of the last 100 episodes that had ended by then. Intervals are 95% bootstrap intervals over seeds. The
+interquartile mean (IQM) and the probability of improvement, P(a run of the group is better than one of the baseline),
+are rliable's (Agarwal et al., "Deep RL at the Edge of the Statistical Precipice").
 """
 
 import csv
@@ -78,7 +79,7 @@ def summarise(folder):
     bounds = [row["theory/improvement_bound"] > 0 for row in rows if "theory/improvement_bound" in row]
     means["improvement_bound_positive"] = np.mean(bounds) if bounds else np.nan  # PPO has none
     means |= {f"{name}_{x}": evaluation[name][x] for name in ("deterministic", "stochastic") for x in ("mean", "std")}
-    return means | {"training_seconds": rows[-1]["step"] / rows[-1]["charts/SPS"]}
+    return means | {"training_seconds": sum(row["time/rollout"] + row["time/update"] for row in rows)}
 
 
 def read_report(folder, interval):
@@ -142,13 +143,19 @@ def difference_of_means(returns, baseline, rng):
     return returns.mean() - baseline.mean(), *np.quantile(np.subtract(*draws), [0.025, 0.975])
 
 
+def variant(folder, about):
+    """The run's variant in a suite, or None."""
+    end = f"__{about['args']['env_id'].replace('/', '-')}__{about['args']['seed']}"
+    name = folder.resolve().parent.name
+    return name.removesuffix(end) if name.endswith(end) else None
+
+
 def label_runs(folders, runs):
     """A name per run: its variant in a suite; else its script, and the flags in which runs of that script differ."""
     labels = []
     for folder, about in zip(folders, runs):
-        task, seed = about["args"]["env_id"].replace("/", "-"), about["args"]["seed"]
-        if folder.resolve().parent.name.endswith(f"__{task}__{seed}"):
-            labels.append(folder.resolve().parent.name.removesuffix(f"__{task}__{seed}"))
+        if (name := variant(folder, about)) is not None:
+            labels.append(name)
             continue
         peers = [other["args"] for other in runs if other["script"] == about["script"]]
         ignored = "seed env_id output_dir compile checkpoint_interval eval_episodes capture_video track".split()
@@ -221,13 +228,19 @@ def main(args):
         try:
             (about, steps, returns), summary = read_run(folder), summarise(folder)
             grid = np.arange(args.interval, about["args"]["total_timesteps"] + 1, args.interval)
-            made_by = about["script"], about.get("commit", "")[:12]
+            if len(grid) == 0 or steps[0] > grid[-1]:
+                raise ValueError(f"{folder}: no episode had ended by a point of the curve: see --interval")
+            commit = about.get("commit", "")
+            made_by = about["script"], commit[:12] + "-dirty" * commit.endswith("-dirty")
             run = Run(
                 about["args"]["env_id"], "", about["args"]["seed"], *made_by, curve(steps, returns, grid), summary
             )
             new.append((folder, about, run))
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             print(f"skipped {error}", file=sys.stderr)
+    if found and (other := next((folder for folder, about, _ in new if variant(folder, about) is None), None)):
+        print(f"error: {other} is not of a suite: give it and the runs it belongs with, no report", file=sys.stderr)
+        sys.exit(2)
     for label, (_, _, run) in zip(label_runs([x[0] for x in new], [x[1] for x in new]), new):
         run.group = label
         found.append(run)
@@ -273,9 +286,9 @@ def main(args):
         ends[task] = {label: values[:, -1] for label, values in curves.items()}
         digits = 1 if all(abs(x).max() < 100 for x in ends[task].values()) else 0
         for label, group in runs.items():
-            for seed, values in zip(group, curves[label]):
-                rows += [f"{task},{label},{seed},{step},{value:.6g}" for step, value in zip(grid, values)]
             for seed, run in group.items():
+                steps = args.interval * np.arange(1, len(run.points) + 1)
+                rows += [f"{task},{label},{seed},{step},{value:.6g}" for step, value in zip(steps, run.points)]
                 figures = [f"{x:.5g}" for x in run.summary.values()]
                 summaries.append(",".join([task, label, str(seed), run.script, run.commit, *figures]))
             last = ends[task][label]

@@ -216,7 +216,9 @@ class Run:
         if self.process:
             self.process.terminate()
             self.process.wait()
-        return submitit.helpers.DelayedSubmission(dataclasses.replace(self, process=None, lock=None, state="waiting"))
+        return submitit.helpers.DelayedSubmission(
+            dataclasses.replace(self, process=None, lock=None, state="waiting", attempts=0)
+        )
 
 
 def tie_to_runner():
@@ -392,9 +394,9 @@ class Board:
         self.first_steps, self.next_time, self.live = self.steps(), 0.0, sys.stdout.isatty()
 
     def steps(self):
-        """Steps made so far, all runs together."""
-        ends = [run.settings["total_timesteps"] for run in self.runs]
-        return sum(n if x.state == "complete" else min(x.progress()[0], n) for x, n in zip(self.runs, ends))
+        """Steps made so far by all runs that have not failed."""
+        runs = [(x, x.settings["total_timesteps"]) for x in self.runs if x.state != "failed"]
+        return sum(n if x.state == "complete" else min(x.progress()[0], n) for x, n in runs)
 
     def say(self, text):
         if self.drawn:

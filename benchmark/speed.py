@@ -50,7 +50,7 @@ def steady_rate(steps, seconds):
 
 
 def run_peer(args):
-    """Trains Stable-Baselines3's PPO and prints its steady rate and its seconds to the end of the first iteration."""
+    """Trains Stable-Baselines3's PPO and prints its steady rate."""
     import gymnasium as gym
     import torch
     from stable_baselines3 import PPO
@@ -81,7 +81,7 @@ def run_peer(args):
 
 
 def measure(name, hidden_size, minibatch_size, args):
-    """Runs one program pinned to the core; its steady steps per second and its seconds before the first iteration."""
+    """Runs one program pinned to the core; its steady steps per second and its seconds besides."""
     sizes = [f"--total-timesteps={args.total_timesteps}", f"--env-id={args.env_id}"]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -117,6 +117,9 @@ def measure(name, hidden_size, minibatch_size, args):
 
 
 def main(args):
+    if args.total_timesteps < 2048 * (WARM_UP + 2):
+        print(f"error: --total-timesteps must be at least {2048 * (WARM_UP + 2)}", file=sys.stderr)
+        sys.exit(2)
     programs = (
         "bpo_continuous_action",
         "ppo_continuous_action",

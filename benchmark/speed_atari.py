@@ -118,6 +118,9 @@ def measure(name, args):
 
 
 def main(args):
+    if args.iterations < WARM_UP + 2:
+        print(f"error: --iterations must be at least {WARM_UP + 2}", file=sys.stderr)
+        sys.exit(2)
     figures = {name: [] for name in PROGRAMS}
     for _ in range(args.rounds):
         for name in PROGRAMS:

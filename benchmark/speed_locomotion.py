@@ -92,6 +92,9 @@ def measure(program, args):
 
 
 def main(args):
+    if args.iterations < WARM_UP + 2:
+        print(f"error: --iterations must be at least {WARM_UP + 2}", file=sys.stderr)
+        sys.exit(2)
     figures = {program: [] for program in ("simulator", *PROGRAMS)}
     for _ in range(args.rounds):
         for program, found in figures.items():

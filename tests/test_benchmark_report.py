@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
 
-METRICS = """step,ratio/out_of_bounds,losses/kl,theory/improvement_bound,charts/SPS
-50,0.1,0.01,-1,10
-100,0.3,0.02,1,20
+METRICS = """step,ratio/out_of_bounds,losses/kl,theory/improvement_bound,time/rollout,time/update
+50,0.1,0.01,-1,1,0.5
+100,0.3,0.02,1,2,1.5
 """
 
 
@@ -156,6 +156,7 @@ def test_an_earlier_report_and_new_runs_make_the_report_of_all(tmp_path):
     assert "| Task-v0 | mine | 3 | 100 |" in together.stdout and "| Task-v0 | late | 2 |" in together.stdout
     for name in ("curves.csv", "summary.csv"):
         assert (tmp_path / "both" / name).read_text() == (tmp_path / "all" / name).read_text()
+    assert "Task-v0,mine,2,300," in (tmp_path / "both" / "curves.csv").read_text(), "no curve is cut"
 
 
 def test_a_report_within_the_folder_of_its_runs_is_made_anew_from_them(tmp_path):
@@ -182,6 +183,22 @@ def test_a_report_that_cannot_be_extended_is_named(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_runs_whose_other_settings_are_unknown_cannot_be_added_to_a_report(tmp_path):
+    make_run(tmp_path / "old")
+    make_run(tmp_path / "new", seed=2, clip_coef=0.9)
+    run_report(tmp_path / "old", "--output", tmp_path / "out")
+    done = run_report(tmp_path / "out", tmp_path / "new", "--output", tmp_path / "both")
+    assert done.returncode == 2 and "new is not of a suite" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "both").exists()
+
+
+def test_runs_of_uncommitted_code_are_marked(tmp_path):
+    run = make_run(tmp_path / "a")
+    about = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(about | {"commit": "0123456789abcdef-dirty"}))
+    assert "Commits: 0123456789ab-dirty (1 runs)." in run_report(run, "--output", tmp_path / "out").stdout
+
+
 def test_published_figures_are_complete():
     published = report.read_published()
     assert len(published) == 8 * 2 * 5 and all(float(x) > 0 for x in published.values())
@@ -194,11 +211,14 @@ def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
     make_run(tmp_path / "c", clip_coef=0.5)
     make_run(tmp_path / "half", seed=3, rows="10,5,10\n100,7")
     make_run(tmp_path / "nan", seed=4, rows="10,nan,10\n")
+    make_run(tmp_path / "short", seed=6, total_timesteps=49)
+    make_run(tmp_path / "late", seed=7, rows="101,5,101\n")
     (make_run(tmp_path / "unfinished", seed=5) / "agent.pt").unlink()
     done = run_report(*sorted(x for x in tmp_path.iterdir()), tmp_path / "missing", "--output", tmp_path / "out")
     assert done.returncode == 0
     skipped = [line for line in done.stderr.splitlines() if line.startswith("skipped")]
-    assert [any(name in line for line in skipped) for name in ("half", "nan", "unfinished", "missing")] == [True] * 4
+    names = ("half", "nan", "unfinished", "missing", "short", "late")
+    assert [sum(f"/{name}" in line for line in skipped) for name in names] == [1] * 6
     rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
     assert rows[1:5] == [
         "Task-v0,BPO clip_coef=0.3,1,50,1",

@@ -620,7 +620,8 @@ def test_killed_training_equals_an_undisturbed_one_up_to_the_restart(tmp_path):
 
 @NEEDS_PROC
 def test_submitit_runs_the_suite(stub, tmp_path):
-    """Through its local executor: one run fails; one is told that its time is up, and completes in another turn."""
+    """Through its local executor: one run fails; one is told that its time is up, and completes in another turn, in
+    which its crash is the first."""
     raw = "\n".join(f'[[variants]]\nname = "{x}"\nflags = {{ crash = "{x}" }}' for x in ("always", "never"))
     keys = GOOD | {"script": str(stub), "tasks": ["a"], "seeds": 1, "total_timesteps": 300}
     suite, out = write_suite(tmp_path / "s.toml", **keys, raw=raw), tmp_path / "runs" / "s"

@@ -55,6 +55,17 @@ def test_curves_are_means_over_seeds_and_the_table_has_every_run(tmp_path):
     ]
 
 
+def test_few_iterations_make_few_points_without_gaps(tmp_path):
+    run = write_run(tmp_path / "a", "bpo_locomotion", 1, range(81))
+    about = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(about | {"commit": "1abcdef0123-dirty"}))
+    assert draw(run, "--output", tmp_path / "out").returncode == 0
+    with (tmp_path / "out" / "curves.csv").open() as file:
+        returns = [float(x["mean"]) for x in csv.DictReader(file) if x["metric"] == "charts/mean_return_100"]
+    assert returns == list(range(81))
+    assert "| `1abcdef-dirty` |" in (tmp_path / "out" / "table.md").read_text()
+
+
 @pytest.mark.parametrize("fault", ["task", "missing", "damaged"])
 def test_unusable_runs_are_one_line(fault, tmp_path):
     first = write_run(tmp_path / "a", "bpo_locomotion", 1, [1, 2])
