@@ -10,7 +10,7 @@ What differs from the sibling, ppo_atari_envpool.py:
 1. target_ratio: the optimal ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
 2. policy_loss: the distance of the ratio from that target, weighted by abs(advantage) (Eq. 16), not the clip (Eq. 17).
 3. median_loss and a median head: the baseline that makes the target policy sum to one (Eq. 15).
-4. Both advantages are divided by one standard deviation and not centred: the median head does that.
+4. Advantages are left as they are, or divided by one standard deviation (--norm-adv), and never centred.
 5. improvement_bound: the terms of Corollary 4.4, logged under theory/.
 6. The defaults of bounds, epochs and entropy bonus: Table 2 here, Table 3 there.
 """
@@ -45,9 +45,8 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 STOP = []  # signals received: a first Ctrl-C or SIGTERM ends the run after the iteration, with a checkpoint
-RANK, LOCAL_RANK, WORLD_SIZE = (
-    int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-)
+RANK, LOCAL_RANK = (int(os.environ.get(x, 0)) for x in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(x, 1)) for x in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 class BadInput(ValueError):
@@ -162,6 +161,7 @@ def check_args(args):
         ("temperature median_temperature", lambda x: 0 < x < math.inf, "positive and finite"),
         ("value_coef ent_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
         ("median_coef tv_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
+        ("divergence", lambda x: x != "kl" or ratio_bounds(args)[0] > 0, "atv or tv if the ratio's lower bound is 0"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "within [0, 1]"),
         ("seed", lambda x: 0 <= x < 2**31, "within [0, 2^31)"),
         ("minibatch_size", lambda x: 2 <= x <= args.num_envs * args.num_steps, "from 2 to num_envs * num_steps"),
@@ -173,7 +173,7 @@ def check_args(args):
     low, high = ratio_bounds(args)
     if not 0 <= low < 1 < high < math.inf:
         raise BadInput(f"the ratio's bounds must satisfy 0 <= low < 1 < high, got {low} and {high}")
-    if args.compile and not can_compile():
+    if args.compile and args.device == "cpu" and not can_compile():
         raise BadInput("--compile needs a C++ compiler (CXX or g++) and Python's headers: install them or --no-compile")
     if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
         count = torch.cuda.device_count()
@@ -197,7 +197,7 @@ def make_envs(args, num_envs, seed, render_mode=None):
         raise BadInput(f"{args.env_id} is no Atari game, which this script needs: it has no stacks of frames")
     options = dict(episodic_life=True, reward_clip=True, render_mode=render_mode)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, min(num_envs, cores // WORLD_SIZE))
+    threads = max(1, min(num_envs, cores // LOCAL_WORLD_SIZE))
     envs = envpool.make(name, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **options)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
     return envs, envs.observation_space, envs.action_space
@@ -225,10 +225,10 @@ class Agent(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.dense = nn.Sequential(orthogonal(nn.Linear(7 * 7 * 64, 512)), nn.ReLU(inplace=True))
-        width = 256 if args.heads == "mlp" else 512
+        mlp = args.heads == "mlp"
+        width = 256 if mlp else 512
 
         def hidden(inputs):
-            mlp = args.heads == "mlp"
             return nn.Sequential(orthogonal(nn.Linear(inputs, 256)), nn.ReLU()) if mlp else nn.Identity()
 
         self.policy_branch, self.value_branch = hidden(512), hidden(512)
@@ -289,8 +289,7 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
 def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
     """Eq. 15 with the g' of Corollary 4.7: [B], [B] -> [B]. Its gradient in mu is (1 - target_ratio) / (c_h - c_l)."""
     x, odds = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
-    quantile = (ratio_high - 1) / (ratio_high - ratio_low)
-    return quantile * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
+    return odds / (1 + odds) * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
 
 
 def policy_loss(ratio, target, advantage, tv_coef):
@@ -454,12 +453,10 @@ def report(agent, args, run_dir):
     """Evaluates both ways, prints the returns and writes them to run_dir/evaluation.json."""
     results = {}
     for name in ("deterministic", "stochastic"):
-        returns = evaluate(agent, args, name == "deterministic", args.seed + 10_000)
+        returns = evaluate(agent, args, name == "deterministic", (args.seed + 10_000) % 2**31)
         results[name] = {"mean": returns.mean(), "std": returns.std(), "returns": returns.tolist()}
         print(f"evaluation, {name}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     write_atomically(run_dir / "evaluation.json", json.dumps(results, indent=2).encode())
-    if args.capture_video:
-        film(agent, args, run_dir / "videos")
     return results
 
 
@@ -484,11 +481,12 @@ def load_run(run_dir, name):
     """Args and checkpoint `name` of a run; BadInput if they are missing, damaged or not this script's."""
     try:
         args = Args(**json.loads((run_dir / "args.json").read_text())["args"])
-        args.compile = args.cuda_graphs = False  # these three depend on the machine, not on the run
-        args.device = Args().device
+        args.device, args.compile, args.cuda_graphs = "cpu", False, False  # the machine's, not the run's
         check_args(args)
         checkpoint = torch.load(run_dir / name, map_location="cpu", weights_only=True)
         script, env_id = checkpoint["script"], checkpoint["env_id"]
+    except BadInput:
+        raise
     except OSError as error:
         raise BadInput(f"cannot read {error.filename}: pass the folder of a run that has saved a checkpoint") from None
     except Exception as error:
@@ -496,6 +494,16 @@ def load_run(run_dir, name):
     if (script, env_id) != (SCRIPT, args.env_id):
         raise BadInput(f"{run_dir / name} was made by {script} on {env_id}: it does not belong here")
     return args, checkpoint
+
+
+def check_same_settings(asked, args):
+    """BadInput if a setting was asked for that the run does not have."""
+    for field in dataclasses.fields(Args):
+        value = getattr(asked, field.name)
+        if field.name not in ("resume", "evaluate") and value not in (field.default, getattr(args, field.name)):
+            raise BadInput(
+                f"the settings are the run's, and cannot be changed: leave out --{field.name.replace('_', '-')}"
+            )
 
 
 def load_agent(agent, checkpoint, run_dir):
@@ -539,10 +547,7 @@ def train(args):
         asked, run_dir = args, Path(args.resume)
         args, checkpoint = load_run(run_dir, "checkpoint.pt")
         args.device, args.compile, args.cuda_graphs = asked.device, asked.compile, asked.cuda_graphs
-        for field in dataclasses.fields(Args):
-            value = getattr(asked, field.name)
-            if field.name != "resume" and value not in (field.default, getattr(args, field.name)):
-                raise BadInput(f"--resume takes the settings of the run: leave out --{field.name.replace('_', '-')}")
+        check_same_settings(asked, args)
     check_args(args)
     step = checkpoint["step"] if checkpoint else 0
     num_steps, num_envs, device = args.num_steps, args.num_envs // WORLD_SIZE, args.device
@@ -596,8 +601,10 @@ def train(args):
         writer.flush()
         state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict()}
         state |= {"optimizer": optimizer.state_dict(), "rng_state": torch.get_rng_state()}
+        state["recent_returns"] = list(map(float, recent_returns))
         write_atomically(run_dir / "checkpoint.pt", to_bytes(state))
 
+    recent_returns = deque(checkpoint["recent_returns"] if checkpoint else (), maxlen=100)
     if RANK == 0 and not checkpoint:
         save_checkpoint()
     shape = num_steps, num_envs
@@ -611,7 +618,6 @@ def train(args):
     next_obs, _ = envs.reset()
     done = np.zeros(num_envs, bool)
     episode_return, episode_length = np.zeros((2, args.num_envs))
-    recent_returns = deque(maxlen=100)
     iteration, first_step, start_time, last_line, stop = 0, step, time.time(), time.time(), False
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
 
@@ -638,7 +644,7 @@ def train(args):
             outputs.append(agent(to_frames(next_obs).to(device)))
         update_start = time.perf_counter()
 
-        all_scores, all_valid, all_over = gather(np.stack([scores, valid, game_over]).astype(np.float64))
+        all_scores, all_valid, all_over = gather(np.stack([scores, valid, game_over]))
         steps = step + all_valid.sum(1).cumsum().astype(int)  # real transitions up to each row
         step = int(steps[-1])
         rows_per_rank = all_valid.reshape(num_steps, WORLD_SIZE, num_envs).sum((0, 2))
@@ -720,9 +726,11 @@ def train(args):
         if bar.disable and (time.time() - last_line > 30 or step >= args.total_timesteps):
             last_line, left = time.time(), max(args.total_timesteps - step, 0) / sps
             print(f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.1f}, {left:.0f} s left", flush=True)
-        if iteration % args.checkpoint_interval == 0 or step >= args.total_timesteps or stop:
+        if iteration % args.checkpoint_interval == 0:
             save_checkpoint()
 
+    if RANK == 0:
+        save_checkpoint()
     bar.close()
     envs.close()
     if dist.is_initialized():
@@ -741,6 +749,8 @@ def train(args):
     writer.close()
     if args.track:
         wandb.finish()
+    if args.capture_video:
+        film(agent, args, run_dir / "videos")
     return str(run_dir)
 
 
@@ -761,14 +771,17 @@ def main(args):
     run_dir = Path(args.evaluate)
     run_args, checkpoint = load_run(run_dir, "agent.pt" if (run_dir / "agent.pt").exists() else "checkpoint.pt")
     run_args = dataclasses.replace(run_args, eval_episodes=args.eval_episodes, capture_video=args.capture_video)
-    run_args.device = args.device
+    run_args.device, run_args.compile, run_args.cuda_graphs = args.device, args.compile, args.cuda_graphs
+    check_same_settings(args, run_args)
     check_args(run_args)
-    torch.manual_seed(args.seed)
-    envs, obs_space, action_space = make_envs(run_args, 1, args.seed)
+    torch.manual_seed(run_args.seed)
+    envs, obs_space, action_space = make_envs(run_args, 1, run_args.seed)
     envs.close()
     agent = Agent(obs_space.shape[0], action_space.n, run_args)
     load_agent(agent, checkpoint, run_dir)
     report(agent.to(run_args.device), run_args, run_dir)
+    if args.capture_video:
+        film(agent, run_args, run_dir / "videos")
 
 
 if __name__ == "__main__":

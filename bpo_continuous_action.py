@@ -161,6 +161,7 @@ def check_args(args):
         ("temperature median_temperature", lambda x: 0 < x < math.inf, "positive and finite"),
         ("value_coef ent_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
         ("median_coef tv_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
+        ("divergence", lambda x: x != "kl" or ratio_bounds(args)[0] > 0, "atv or tv if the ratio's lower bound is 0"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "within [0, 1]"),
         ("seed", lambda x: 0 <= x < 2**31, "within [0, 2^31)"),
         ("log_std_init", math.isfinite, "finite"),
@@ -346,8 +347,7 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
 def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
     """Eq. 15 with the g' of Corollary 4.7: [B], [B] -> [B]. Its gradient in mu is (1 - target_ratio) / (c_h - c_l)."""
     x, odds = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
-    quantile = (ratio_high - 1) / (ratio_high - ratio_low)
-    return quantile * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
+    return odds / (1 + odds) * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
 
 
 def policy_loss(ratio, target, advantage, tv_coef):
@@ -479,12 +479,10 @@ def report(agent, args, run_dir):
     """Evaluates both ways, prints the returns and writes them to run_dir/evaluation.json."""
     results = {}
     for name in ("deterministic", "stochastic"):
-        returns = evaluate(agent, args, name == "deterministic", args.seed + 10_000)
+        returns = evaluate(agent, args, name == "deterministic", (args.seed + 10_000) % 2**31)
         results[name] = {"mean": returns.mean(), "std": returns.std(), "returns": returns.tolist()}
         print(f"evaluation, {name}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     write_atomically(run_dir / "evaluation.json", json.dumps(results, indent=2).encode())
-    if args.capture_video:
-        film(agent, args, run_dir / "videos")
     return results
 
 
@@ -512,6 +510,8 @@ def load_run(run_dir, name):
         check_args(args)
         checkpoint = torch.load(run_dir / name, weights_only=True)
         script, env_id = checkpoint["script"], checkpoint["env_id"]
+    except BadInput:
+        raise
     except OSError as error:
         raise BadInput(f"cannot read {error.filename}: pass the folder of a run that has saved a checkpoint") from None
     except Exception as error:
@@ -519,6 +519,16 @@ def load_run(run_dir, name):
     if (script, env_id) != (SCRIPT, args.env_id):
         raise BadInput(f"{run_dir / name} was made by {script} on {env_id}: it does not belong here")
     return args, checkpoint
+
+
+def check_same_settings(asked, args):
+    """BadInput if a setting was asked for that the run does not have."""
+    for field in dataclasses.fields(Args):
+        value = getattr(asked, field.name)
+        if field.name not in ("resume", "evaluate") and value not in (field.default, getattr(args, field.name)):
+            raise BadInput(
+                f"the settings are the run's, and cannot be changed: leave out --{field.name.replace('_', '-')}"
+            )
 
 
 def load_agent(agent, checkpoint, run_dir):
@@ -560,10 +570,7 @@ def train(args):
         asked, run_dir = args, Path(args.resume)
         args, checkpoint = load_run(run_dir, "checkpoint.pt")
         args.compile = asked.compile  # depends on the machine, not on the run
-        for field in dataclasses.fields(Args):
-            value = getattr(asked, field.name)
-            if field.name != "resume" and value not in (field.default, getattr(args, field.name)):
-                raise BadInput(f"--resume takes the settings of the run: leave out --{field.name.replace('_', '-')}")
+        check_same_settings(asked, args)
     check_args(args)
     step = checkpoint["step"] if checkpoint else 0
     torch.set_num_threads(1)  # faster than two for networks of this size
@@ -617,8 +624,10 @@ def train(args):
         writer.flush()
         state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict()}
         state |= {"optimizer": optimizer, "rng_state": torch.get_rng_state()}
+        state["recent_returns"] = list(map(float, recent_returns))
         write_atomically(run_dir / "checkpoint.pt", to_bytes(state))
 
+    recent_returns = deque(checkpoint["recent_returns"] if checkpoint else (), maxlen=100)
     if not checkpoint:
         save_checkpoint()
     obs = torch.zeros(num_steps + 1, num_envs, *obs_space.shape)
@@ -628,7 +637,6 @@ def train(args):
     next_obs, _ = envs.reset()
     done = np.zeros(num_envs, bool)
     discounted_return, episode_return, episode_length = np.zeros((3, num_envs))
-    recent_returns = deque(maxlen=100)
     iteration, first_step, start_time, last_line = 0, step, time.time(), time.time()
     compiled = "compiled" if args.compile else "not compiled"
     print(f"{SCRIPT} on {args.env_id}, seed {args.seed}, {compiled}: {run_dir}", flush=True)
@@ -655,6 +663,7 @@ def train(args):
         steps = step + valid.sum(1).cumsum()  # real transitions up to each row
         step = int(steps[-1])
         if not valid.any():
+            discounted_return = np.zeros(num_envs)
             continue
         for name, array in (("reward", rewards), ("observation", obs.numpy())):
             if not np.isfinite(array).all():
@@ -742,9 +751,10 @@ def train(args):
         if bar.disable and (time.time() - last_line > 30 or step >= args.total_timesteps):
             last_line, left = time.time(), max(args.total_timesteps - step, 0) / sps
             print(f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.1f}, {left:.0f} s left", flush=True)
-        if iteration % args.checkpoint_interval == 0 or step >= args.total_timesteps or STOP:
+        if iteration % args.checkpoint_interval == 0:
             save_checkpoint()
 
+    save_checkpoint()
     bar.close()
     envs.close()
     episodes_file.close()
@@ -759,6 +769,8 @@ def train(args):
     writer.close()
     if args.track:
         wandb.finish()
+    if args.capture_video:
+        film(agent, args, run_dir / "videos")
     return str(run_dir)
 
 
@@ -776,13 +788,17 @@ def main(args):
     run_dir = Path(args.evaluate)
     run_args, checkpoint = load_run(run_dir, "agent.pt" if (run_dir / "agent.pt").exists() else "checkpoint.pt")
     run_args = dataclasses.replace(run_args, eval_episodes=args.eval_episodes, capture_video=args.capture_video)
+    run_args.compile = args.compile
+    check_same_settings(args, run_args)
     check_args(run_args)
-    torch.manual_seed(args.seed)
-    envs, obs_space, action_space = make_envs(run_args, 1, args.seed)
+    torch.manual_seed(run_args.seed)
+    envs, obs_space, action_space = make_envs(run_args, 1, run_args.seed)
     envs.close()
     agent = Agent(obs_space.shape[0], action_space.shape[0], run_args)
     load_agent(agent, checkpoint, run_dir)
     report(agent, run_args, run_dir)
+    if args.capture_video:
+        film(agent, run_args, run_dir / "videos")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -152,7 +153,8 @@ def check_args(args):
         ("checkpoint_interval eval_episodes", lambda x: x >= 1, "at least 1"),
         ("num_steps", lambda x: x >= 2, "at least 2"),
         ("hidden_sizes", lambda x: len(x) > 0 and min(x) >= 1, "one or more sizes of at least 1"),
-        ("learning_rate desired_kl max_grad_norm init_std", lambda x: 0 < x < math.inf, "positive and finite"),
+        ("learning_rate desired_kl max_grad_norm", lambda x: 0 < x < math.inf, "positive and finite"),
+        ("init_std", lambda x: 0.01 <= x < math.inf, "at least 0.01 and finite"),
         ("clip_coef", lambda x: 0 < x <= 1, "within (0, 1]"),
         ("temperature", lambda x: 0 < x < math.inf, "positive and finite"),
         ("value_coef ent_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
@@ -168,7 +170,7 @@ def check_args(args):
         raise BadInput(
             f"num_envs * num_steps = {samples} samples do not divide into --num-minibatches {parts} of 2 or more"
         )
-    if args.compile and not can_compile():
+    if args.compile and find_device(args).type == "cpu" and not can_compile():
         raise BadInput("--compile needs a C++ compiler (CXX or g++) and Python's headers: install them or --no-compile")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda needs a GPU and a CUDA build of PyTorch: there is none here, pass --device cpu")
@@ -186,7 +188,8 @@ def make_envs(args, num_envs, seed, render=False):
     """Vector environments and the sizes of their observations, privileged observations and actions; BadInput if that
     is not possible. A simulator is a namespace of four calls, with all tensors on find_device(args):
 
-    reset(stagger=False) -> (obs[N, O], privileged[N, P]), logs; stagger: first episodes start at random lengths
+    reset(stagger=False, steps=0) -> (obs[N, O], privileged[N, P]), logs
+        stagger: first episodes start at random lengths; steps: each environment's before, on which a curriculum depends
     step(actions[N, A]) -> (obs, privileged), rewards[N], terminated[N], truncated[N], logs
     render() -> uint8[H, W, 3]; with render=True only
     close()
@@ -207,7 +210,7 @@ def unknown_task(args, simulator, known):
 
 
 def envpool_envs(args, num_envs, seed, render):
-    """EnvPool's tasks, MuJoCo Playground's robots among them. It cannot set an episode's clock: stagger is ignored."""
+    """EnvPool's tasks, MuJoCo Playground's robots among them. They have no curriculum, and no clock one could set."""
     try:
         import envpool
     except ImportError:
@@ -233,27 +236,31 @@ def envpool_envs(args, num_envs, seed, render):
         envs.gl_context = mujoco.GLContext(512, 384)  # EnvPool draws into the current one
         envs.gl_context.make_current()
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
+    if isinstance(space, gym.spaces.Dict):
+        # Playground itself clips no action. If they were clipped, a policy would be rid of its noise by aiming far
+        # beyond the bounds, and stand as stiff as a statue.
+        action_space = gym.spaces.Box(-np.inf, np.inf, action_space.shape, action_space.dtype)
 
     def tensors(obs):
         obs = obs if isinstance(obs, dict) else {"state": obs}
         both = obs["state"], obs.get("privileged_state", obs["state"])
         return tuple(torch.from_numpy(x).to(device, torch.float32) for x in both)
 
-    def logs(info):
+    def logs(info, rows):
         terms = [name for name in info if name.startswith("reward_")]
-        real = info["elapsed_step"] > 0  # not the dummy step that resets
-        means = (
-            np.stack([info[name] for name in terms])[:, real].mean(1) if terms and real.any() else [0.0] * len(terms)
-        )
+        if not terms or not rows.any():
+            return {}
+        means = np.stack([info[name] for name in terms])[:, rows].mean(1)
         return {name.replace("_", "s/", 1): x for name, x in zip(terms, means)}
 
-    def reset(stagger=False):
+    def reset(**_):
         obs, info = envs.reset()
-        return tensors(obs), logs(info)
+        return tensors(obs), logs(info, info["elapsed_step"] >= 0)
 
     def step(actions):
         obs, *results, info = envs.step(to_env(actions.cpu(), action_space))
-        return tensors(obs), *(torch.from_numpy(x).to(device) for x in results), logs(info)
+        real = info["elapsed_step"] > 0  # not the dummy step that resets
+        return tensors(obs), *(torch.from_numpy(x).to(device) for x in results), logs(info, real)
 
     sizes = dict(zip(("obs_size", "privileged_size", "action_size"), (x.shape[0] for x in spaces)))
     calls = dict(reset=reset, step=step, render=lambda: envs.render()[0], close=envs.close)
@@ -279,8 +286,9 @@ def check_memory(args, num_envs, make):
     free = int(fields["MemAvailable"].split()[0]) * 1024
     limit, current = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
     if limit.exists() and limit.read_text().strip() != "max":  # a container's
-        free = min(free, int(limit.read_text()) - int(current.read_text()))
-    if num_envs > (fits := int(0.9 * free / each)):
+        cached = int(re.search(r"^inactive_file (\d+)", limit.with_name("memory.stat").read_text(), re.M)[1])
+        free = min(free, int(limit.read_text()) - int(current.read_text()) + cached)
+    if num_envs > (fits := max(int(0.9 * free / each), 1)):
         needed = f"{num_envs} environments of {args.env_id} need {num_envs * each / 1e9:.1f} GB"
         raise BadInput(f"{needed}, but {free / 1e9:.1f} GB are free: pass --num-envs {fits} or less")
 
@@ -318,7 +326,11 @@ def launch_isaac(device, cameras):
     """Starts Isaac Sim, which a process can do once."""
     from isaaclab.app import AppLauncher
 
-    return AppLauncher(headless=True, device=device, enable_cameras=cameras)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    launcher = AppLauncher(headless=True, device=device, enable_cameras=cameras)
+    for number, handler in handlers.items():  # the launcher has set its own, which would end a run without a checkpoint
+        signal.signal(number, handler)
+    return launcher
 
 
 def isaac_envs(args, num_envs, seed, render):
@@ -327,6 +339,7 @@ def isaac_envs(args, num_envs, seed, render):
     try:
         launch_isaac(device, args.capture_video)
         import isaaclab_tasks  # noqa: F401 (registers the tasks)
+        import omni.usd
         from isaaclab_tasks.utils import parse_env_cfg
     except ImportError as error:
         raise BadInput(f"Isaac Lab is not installed ({error}): see isaac-sim.github.io/IsaacLab") from None
@@ -334,6 +347,7 @@ def isaac_envs(args, num_envs, seed, render):
         raise unknown_task(args, "Isaac Lab", gym.registry)
     cfg = parse_env_cfg(args.env_id, device=device, num_envs=num_envs)
     cfg.seed = seed
+    omni.usd.get_context().new_stage()  # without what an earlier simulator left
     env = gym.make(args.env_id, cfg=cfg, render_mode="rgb_array" if render else None).unwrapped
     return manager_envs(args, env, "policy")
 
@@ -347,7 +361,8 @@ def manager_envs(args, env, policy):
     def logs(extras):
         return {name.replace("Episode_Reward/", "rewards/"): x for name, x in extras.get("log", {}).items()}
 
-    def reset(stagger=False):
+    def reset(stagger=False, steps=0):
+        env.common_step_counter = steps
         obs, extras = env.reset()
         if stagger:
             env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))
@@ -360,7 +375,7 @@ def manager_envs(args, env, policy):
     sizes = [x.shape[1] for x in reset()[0] if isinstance(x, torch.Tensor) and x.ndim == 2]
     if len(sizes) != 2:
         raise BadInput(f"{args.env_id} has no flat observation, which this script needs")
-    sizes = dict(obs_size=sizes[0], privileged_size=sizes[1], action_size=env.action_manager.total_action_dim)
+    sizes = dict(obs_size=sizes[0], privileged_size=sizes[1], action_size=env.single_action_space.shape[0])
     return SimpleNamespace(reset=reset, step=step, render=env.render, close=env.close, next_step=False, **sizes)
 
 
@@ -430,7 +445,7 @@ class Agent(nn.Module):
 
     @property
     def log_std(self):
-        return self.std.clamp(min=0.01).log()
+        return self.std.log()
 
     def normalize(self, obs):
         return self.obs_stats(obs) if self.norm_obs else obs
@@ -480,8 +495,7 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
 def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
     """Eq. 15 with the g' of Corollary 4.7: [B], [B] -> [B]. Its gradient in mu is (1 - target_ratio) / (c_h - c_l)."""
     x, odds = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
-    quantile = (ratio_high - 1) / (ratio_high - ratio_low)
-    return quantile * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
+    return odds / (1 + odds) * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
 
 
 def policy_loss(ratio, target, advantage, tv_coef):
@@ -621,12 +635,10 @@ def report(agent, args, run_dir):
     """Evaluates both ways, prints the returns and writes them to run_dir/evaluation.json."""
     results = {}
     for name in ("deterministic", "stochastic"):
-        returns = evaluate(agent, args, name == "deterministic", args.seed + 10_000)
+        returns = evaluate(agent, args, name == "deterministic", (args.seed + 10_000) % 2**31)
         results[name] = {"mean": returns.mean(), "std": returns.std(), "returns": returns.tolist()}
         print(f"evaluation, {name}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     write_atomically(run_dir / "evaluation.json", json.dumps(results, indent=2).encode())
-    if args.capture_video:
-        film(agent, args, run_dir / "videos")
     return results
 
 
@@ -647,14 +659,17 @@ def to_bytes(state):
     return buffer.getvalue()
 
 
-def load_run(run_dir, name):
+def load_run(run_dir, name, device):
     """Args and checkpoint `name` of a run; BadInput if they are missing, damaged or not this script's."""
     try:
         settings = json.loads((run_dir / "args.json").read_text())["args"]
-        args = Args(**settings | {"hidden_sizes": tuple(settings["hidden_sizes"]), "compile": False})
+        settings |= {"hidden_sizes": tuple(settings["hidden_sizes"]), "compile": False, "device": device}
+        args = Args(**settings)
         check_args(args)
         checkpoint = torch.load(run_dir / name, weights_only=True, map_location=find_device(args))
         script, env_id = checkpoint["script"], checkpoint["env_id"]
+    except BadInput:
+        raise
     except OSError as error:
         raise BadInput(f"cannot read {error.filename}: pass the folder of a run that has saved a checkpoint") from None
     except Exception as error:
@@ -662,6 +677,16 @@ def load_run(run_dir, name):
     if (script, env_id) != (SCRIPT, args.env_id):
         raise BadInput(f"{run_dir / name} was made by {script} on {env_id}: it does not belong here")
     return args, checkpoint
+
+
+def check_same_settings(asked, args):
+    """BadInput if a setting was asked for that the run does not have."""
+    for field in dataclasses.fields(Args):
+        value = getattr(asked, field.name)
+        if field.name not in ("resume", "evaluate") and value not in (field.default, getattr(args, field.name)):
+            raise BadInput(
+                f"the settings are the run's, and cannot be changed: leave out --{field.name.replace('_', '-')}"
+            )
 
 
 def load_agent(agent, checkpoint, run_dir):
@@ -702,22 +727,21 @@ def train(args):
     checkpoint = None
     if args.resume:
         asked, run_dir = args, Path(args.resume)
-        args, checkpoint = load_run(run_dir, "checkpoint.pt")
+        args, checkpoint = load_run(run_dir, "checkpoint.pt", args.device)
         if checkpoint["device"] != find_device(args).type:
             raise BadInput(f"{run_dir} was trained on {checkpoint['device']}: it can be resumed there only")
         args.compile = asked.compile  # depends on the machine, not on the run
-        for field in dataclasses.fields(Args):
-            value = getattr(asked, field.name)
-            if field.name != "resume" and value not in (field.default, getattr(args, field.name)):
-                raise BadInput(f"--resume takes the settings of the run: leave out --{field.name.replace('_', '-')}")
+        check_same_settings(asked, args)
     check_args(args)
     step = checkpoint["step"] if checkpoint else 0
     device = find_device(args)
     torch.set_float32_matmul_precision(args.matmul_precision)
     num_steps, num_envs = args.num_steps, args.num_envs
-    envs, obs_size, privileged_size, action_size = make_envs(args, num_envs, (args.seed + step) % 2**31)
+    simulator_seed = ((args.seed + 1) * num_envs + step) % 2**31  # EnvPool adds an environment's index
+    envs, obs_size, privileged_size, action_size = make_envs(args, num_envs, simulator_seed)
     torch.manual_seed(args.seed)
     agent = Agent(obs_size, privileged_size, action_size, args).to(device)
+    torch.manual_seed(simulator_seed)  # mjlab and Isaac Lab draw from the global generators
     generator = torch.Generator(device).manual_seed(args.seed)
 
     # All parameters are views of one vector, so that clipping and Adam are one operation each.
@@ -756,8 +780,10 @@ def train(args):
         writer.flush()
         state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict()}
         state |= {"optimizer": optimizer.state_dict(), "rng_state": generator.get_state(), "device": device.type}
+        state["recent_episodes"] = list(recent_episodes)
         write_atomically(run_dir / "checkpoint.pt", to_bytes(state))
 
+    recent_episodes = deque(checkpoint["recent_episodes"] if checkpoint else (), maxlen=100)
     if not checkpoint:
         save_checkpoint()
     obs = torch.zeros(num_steps, num_envs, obs_size, device=device)
@@ -765,11 +791,10 @@ def train(args):
     actions = torch.zeros(num_steps, num_envs, action_size, device=device)
     rewards = torch.zeros(num_steps, num_envs, device=device)
     valid, terminated, truncated = torch.zeros(3, num_steps, num_envs, dtype=bool, device=device)
-    (next_obs, next_privileged), logs = envs.reset(stagger=True)
+    (next_obs, next_privileged), logs = envs.reset(stagger=True, steps=step // num_envs)
     means_of_logs = dict.fromkeys(logs, math.nan)
     done = torch.zeros(num_envs, dtype=bool, device=device)
     episode_return, episode_length = np.zeros((2, num_envs))
-    recent_returns, recent_lengths = deque(maxlen=100), deque(maxlen=100)
     iteration, first_step, start_time, last_line = 0, step, time.time(), time.time()
     print(f"{SCRIPT} on {args.env_id}, seed {args.seed}, {device}: {run_dir}", flush=True)
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
@@ -803,10 +828,9 @@ def train(args):
                 raise SystemExit(f"error: {args.env_id} returned a {name} that is not finite, step {step}; {kept}")
         return_sums, length_sums = rewards.double().cumsum(0).cpu().numpy(), real.cumsum(0)
         for t, n in zip(*(terminated | truncated).cpu().numpy().nonzero()):
-            episode = episode_return[n] + return_sums[t, n], int(episode_length[n] + length_sums[t, n])
+            episode = float(episode_return[n] + return_sums[t, n]), int(episode_length[n] + length_sums[t, n])
             episode_return[n], episode_length[n] = -return_sums[t, n], -length_sums[t, n]
-            recent_returns.append(episode[0])
-            recent_lengths.append(episode[1])
+            recent_episodes.append(episode)
             episodes_file.write(f"{steps[t]},{episode[0]:.8g},{episode[1]}\n")
         episode_return, episode_length = episode_return + return_sums[-1], episode_length + length_sums[-1]
         means_of_logs |= {name: torch.stack(x).mean().item() for name, x in logged.items() if x}
@@ -838,6 +862,7 @@ def train(args):
             for minibatch in minibatches:
                 flat.grad, stats, names = gradient_function(agent, parameters, minibatch, learning_rate, args)
                 optimizer.step()
+                agent.std.data.clamp_(min=0.01)
                 totals, learning_rates = totals + stats, learning_rates + learning_rate
         updates = args.update_epochs * args.num_minibatches
         metrics = dict(zip(names, (totals / updates).tolist()))
@@ -853,7 +878,7 @@ def train(args):
             if args.norm_obs:
                 agent.obs_stats.update(obs.flatten(0, 1)[rows])
                 agent.privileged_stats.update(privileged[:-1].flatten(0, 1)[rows])
-        mean_return, mean_length = (np.mean(x) if x else math.nan for x in (recent_returns, recent_lengths))
+        mean_return, mean_length = np.mean(recent_episodes, axis=0) if recent_episodes else (math.nan, math.nan)
         sps = (step - first_step) / (time.time() - start_time)
         metrics |= {
             "losses/explained_variance": 1 - unexplained.item(),
@@ -879,9 +904,10 @@ def train(args):
         if bar.disable and (time.time() - last_line > 30 or step >= args.total_timesteps):
             last_line, left = time.time(), max(args.total_timesteps - step, 0) / sps
             print(f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.1f}, {left:.0f} s left", flush=True)
-        if iteration % args.checkpoint_interval == 0 or step >= args.total_timesteps or STOP:
+        if iteration % args.checkpoint_interval == 0:
             save_checkpoint()
 
+    save_checkpoint()
     bar.close()
     envs.close()
     episodes_file.close()
@@ -896,6 +922,8 @@ def train(args):
     writer.close()
     if args.track:
         wandb.finish()
+    if args.capture_video:
+        film(agent, args, run_dir / "videos")
     return str(run_dir)
 
 
@@ -911,15 +939,21 @@ def main(args):
             signal.signal(number, request_stop)
         return train(args)
     run_dir = Path(args.evaluate)
-    run_args, checkpoint = load_run(run_dir, "agent.pt" if (run_dir / "agent.pt").exists() else "checkpoint.pt")
+    name = "agent.pt" if (run_dir / "agent.pt").exists() else "checkpoint.pt"
+    run_args, checkpoint = load_run(run_dir, name, args.device)
     run_args = dataclasses.replace(run_args, eval_episodes=args.eval_episodes, capture_video=args.capture_video)
+    run_args.compile = args.compile
+    check_same_settings(args, run_args)
     check_args(run_args)
-    torch.manual_seed(args.seed)
-    envs, *sizes = make_envs(run_args, 1, args.seed)
+    torch.set_float32_matmul_precision(run_args.matmul_precision)
+    torch.manual_seed(run_args.seed)
+    envs, *sizes = make_envs(run_args, 1, run_args.seed)
     envs.close()
     agent = Agent(*sizes, run_args).to(find_device(run_args))
     load_agent(agent, checkpoint, run_dir)
     report(agent, run_args, run_dir)
+    if args.capture_video:
+        film(agent, run_args, run_dir / "videos")
 
 
 if __name__ == "__main__":

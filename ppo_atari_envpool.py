@@ -37,9 +37,8 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 STOP = []  # signals received: a first Ctrl-C or SIGTERM ends the run after the iteration, with a checkpoint
-RANK, LOCAL_RANK, WORLD_SIZE = (
-    int(os.environ.get(x, y)) for x, y in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-)
+RANK, LOCAL_RANK = (int(os.environ.get(x, 0)) for x in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(x, 1)) for x in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
 
 
 class BadInput(ValueError):
@@ -144,7 +143,7 @@ def check_args(args):
     low, high = ratio_bounds(args)
     if not 0 <= low < 1 < high < math.inf:
         raise BadInput(f"the ratio's bounds must satisfy 0 <= low < 1 < high, got {low} and {high}")
-    if args.compile and not can_compile():
+    if args.compile and args.device == "cpu" and not can_compile():
         raise BadInput("--compile needs a C++ compiler (CXX or g++) and Python's headers: install them or --no-compile")
     if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
         count = torch.cuda.device_count()
@@ -168,7 +167,7 @@ def make_envs(args, num_envs, seed, render_mode=None):
         raise BadInput(f"{args.env_id} is no Atari game, which this script needs: it has no stacks of frames")
     options = dict(episodic_life=True, reward_clip=True, render_mode=render_mode)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, min(num_envs, cores // WORLD_SIZE))
+    threads = max(1, min(num_envs, cores // LOCAL_WORLD_SIZE))
     envs = envpool.make(name, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **options)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
     return envs, envs.observation_space, envs.action_space
@@ -196,10 +195,10 @@ class Agent(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.dense = nn.Sequential(orthogonal(nn.Linear(7 * 7 * 64, 512)), nn.ReLU(inplace=True))
-        width = 256 if args.heads == "mlp" else 512
+        mlp = args.heads == "mlp"
+        width = 256 if mlp else 512
 
         def hidden(inputs):
-            mlp = args.heads == "mlp"
             return nn.Sequential(orthogonal(nn.Linear(inputs, 256)), nn.ReLU()) if mlp else nn.Identity()
 
         self.policy_branch, self.value_branch = hidden(512), hidden(512)
@@ -383,12 +382,10 @@ def report(agent, args, run_dir):
     """Evaluates both ways, prints the returns and writes them to run_dir/evaluation.json."""
     results = {}
     for name in ("deterministic", "stochastic"):
-        returns = evaluate(agent, args, name == "deterministic", args.seed + 10_000)
+        returns = evaluate(agent, args, name == "deterministic", (args.seed + 10_000) % 2**31)
         results[name] = {"mean": returns.mean(), "std": returns.std(), "returns": returns.tolist()}
         print(f"evaluation, {name}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
     write_atomically(run_dir / "evaluation.json", json.dumps(results, indent=2).encode())
-    if args.capture_video:
-        film(agent, args, run_dir / "videos")
     return results
 
 
@@ -413,11 +410,12 @@ def load_run(run_dir, name):
     """Args and checkpoint `name` of a run; BadInput if they are missing, damaged or not this script's."""
     try:
         args = Args(**json.loads((run_dir / "args.json").read_text())["args"])
-        args.compile = args.cuda_graphs = False  # these three depend on the machine, not on the run
-        args.device = Args().device
+        args.device, args.compile, args.cuda_graphs = "cpu", False, False  # the machine's, not the run's
         check_args(args)
         checkpoint = torch.load(run_dir / name, map_location="cpu", weights_only=True)
         script, env_id = checkpoint["script"], checkpoint["env_id"]
+    except BadInput:
+        raise
     except OSError as error:
         raise BadInput(f"cannot read {error.filename}: pass the folder of a run that has saved a checkpoint") from None
     except Exception as error:
@@ -425,6 +423,16 @@ def load_run(run_dir, name):
     if (script, env_id) != (SCRIPT, args.env_id):
         raise BadInput(f"{run_dir / name} was made by {script} on {env_id}: it does not belong here")
     return args, checkpoint
+
+
+def check_same_settings(asked, args):
+    """BadInput if a setting was asked for that the run does not have."""
+    for field in dataclasses.fields(Args):
+        value = getattr(asked, field.name)
+        if field.name not in ("resume", "evaluate") and value not in (field.default, getattr(args, field.name)):
+            raise BadInput(
+                f"the settings are the run's, and cannot be changed: leave out --{field.name.replace('_', '-')}"
+            )
 
 
 def load_agent(agent, checkpoint, run_dir):
@@ -468,10 +476,7 @@ def train(args):
         asked, run_dir = args, Path(args.resume)
         args, checkpoint = load_run(run_dir, "checkpoint.pt")
         args.device, args.compile, args.cuda_graphs = asked.device, asked.compile, asked.cuda_graphs
-        for field in dataclasses.fields(Args):
-            value = getattr(asked, field.name)
-            if field.name != "resume" and value not in (field.default, getattr(args, field.name)):
-                raise BadInput(f"--resume takes the settings of the run: leave out --{field.name.replace('_', '-')}")
+        check_same_settings(asked, args)
     check_args(args)
     step = checkpoint["step"] if checkpoint else 0
     num_steps, num_envs, device = args.num_steps, args.num_envs // WORLD_SIZE, args.device
@@ -525,8 +530,10 @@ def train(args):
         writer.flush()
         state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict()}
         state |= {"optimizer": optimizer.state_dict(), "rng_state": torch.get_rng_state()}
+        state["recent_returns"] = list(map(float, recent_returns))
         write_atomically(run_dir / "checkpoint.pt", to_bytes(state))
 
+    recent_returns = deque(checkpoint["recent_returns"] if checkpoint else (), maxlen=100)
     if RANK == 0 and not checkpoint:
         save_checkpoint()
     shape = num_steps, num_envs
@@ -540,7 +547,6 @@ def train(args):
     next_obs, _ = envs.reset()
     done = np.zeros(num_envs, bool)
     episode_return, episode_length = np.zeros((2, args.num_envs))
-    recent_returns = deque(maxlen=100)
     iteration, first_step, start_time, last_line, stop = 0, step, time.time(), time.time(), False
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
 
@@ -567,7 +573,7 @@ def train(args):
             outputs.append(agent(to_frames(next_obs).to(device)))
         update_start = time.perf_counter()
 
-        all_scores, all_valid, all_over = gather(np.stack([scores, valid, game_over]).astype(np.float64))
+        all_scores, all_valid, all_over = gather(np.stack([scores, valid, game_over]))
         steps = step + all_valid.sum(1).cumsum().astype(int)  # real transitions up to each row
         step = int(steps[-1])
         rows_per_rank = all_valid.reshape(num_steps, WORLD_SIZE, num_envs).sum((0, 2))
@@ -648,9 +654,11 @@ def train(args):
         if bar.disable and (time.time() - last_line > 30 or step >= args.total_timesteps):
             last_line, left = time.time(), max(args.total_timesteps - step, 0) / sps
             print(f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.1f}, {left:.0f} s left", flush=True)
-        if iteration % args.checkpoint_interval == 0 or step >= args.total_timesteps or stop:
+        if iteration % args.checkpoint_interval == 0:
             save_checkpoint()
 
+    if RANK == 0:
+        save_checkpoint()
     bar.close()
     envs.close()
     if dist.is_initialized():
@@ -669,6 +677,8 @@ def train(args):
     writer.close()
     if args.track:
         wandb.finish()
+    if args.capture_video:
+        film(agent, args, run_dir / "videos")
     return str(run_dir)
 
 
@@ -689,14 +699,17 @@ def main(args):
     run_dir = Path(args.evaluate)
     run_args, checkpoint = load_run(run_dir, "agent.pt" if (run_dir / "agent.pt").exists() else "checkpoint.pt")
     run_args = dataclasses.replace(run_args, eval_episodes=args.eval_episodes, capture_video=args.capture_video)
-    run_args.device = args.device
+    run_args.device, run_args.compile, run_args.cuda_graphs = args.device, args.compile, args.cuda_graphs
+    check_same_settings(args, run_args)
     check_args(run_args)
-    torch.manual_seed(args.seed)
-    envs, obs_space, action_space = make_envs(run_args, 1, args.seed)
+    torch.manual_seed(run_args.seed)
+    envs, obs_space, action_space = make_envs(run_args, 1, run_args.seed)
     envs.close()
     agent = Agent(obs_space.shape[0], action_space.n, run_args)
     load_agent(agent, checkpoint, run_dir)
     report(agent.to(run_args.device), run_args, run_dir)
+    if args.capture_video:
+        film(agent, run_args, run_dir / "videos")
 
 
 if __name__ == "__main__":

@@ -367,7 +367,7 @@ def test_gradients_of_two_processes_equal_those_of_one_on_the_same_data(tmp_path
 # ---------------------------------------------------------------------------------------------------------- siblings
 
 SHARED = "BadInput can_compile ratio_bounds compute_gae policy_loss ratio_statistics report write_atomically to_bytes "
-SHARED += "load_agent trim make_run_dir request_stop"
+SHARED += "load_agent check_same_settings trim make_run_dir request_stop"
 ONLY_BPO = {"target_ratio", "median_loss", "improvement_bound"}
 
 

@@ -369,6 +369,25 @@ def test_first_ratio_is_one(script, tmp_path, monkeypatch):
     assert row["ratio/high_mean"] > 1 + 1e-5  # the step itself did move it
 
 
+@SCRIPTS
+def test_target_kl_ends_the_epochs(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "evaluate", lambda *_: np.zeros(1))
+    calls, gradient = [], script.minibatch_gradient
+    monkeypatch.setattr(script, "minibatch_gradient", lambda *args: calls.append(1) or gradient(*args))
+    for target_kl in (None, 1e-9):
+        train(script, tmp_path / str(target_kl), update_epochs=3, total_timesteps=20, target_kl=target_kl)
+    assert len(calls) == (3 + 1) * 2  # minibatches of half a rollout
+
+
+@SCRIPTS
+def test_seed_of_the_evaluation_stays_within_range(script, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(script, "evaluate", lambda agent, args, deterministic, seed: seeds.append(seed) or np.ones(1))
+    for seed in (1, 2**31 - 1):
+        script.report(None, script.Args(seed=seed), tmp_path)
+    assert seeds == [10_001] * 2 + [9_999] * 2
+
+
 # ----------------------------------------------------------------------------------------------------------- processes
 
 
@@ -397,9 +416,22 @@ def test_two_processes_train_as_one_run(tmp_path):
     assert len(resumed) > len(metrics) and resumed[-1]["step"] >= 1200
 
 
-def test_environments_split_over_processes_are_those_of_one(tmp_path, monkeypatch):
-    whole, _, _ = bpo.make_envs(bpo.Args(device="cpu"), 4, 7)
-    halves = [bpo.make_envs(bpo.Args(device="cpu"), 2, 7 + 2 * rank)[0] for rank in range(2)]
+@SCRIPTS
+def test_environments_split_over_processes_are_those_of_one(script, monkeypatch):
+    asked = []
+
+    def record(args, num_envs, seed):
+        asked.append((args, num_envs, seed))
+        raise script.BadInput("that is all")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "make_envs", record)
+        for world_size, rank in ((1, 0), (2, 0), (2, 1)):
+            patch.setattr(script, "WORLD_SIZE", world_size)
+            patch.setattr(script, "RANK", rank)
+            with pytest.raises(script.BadInput, match="that is all"):
+                script.train(script.Args(device="cpu", num_envs=4, seed=7))
+    whole, *halves = (script.make_envs(*x)[0] for x in asked)
     expected = whole.reset()[0]
     assert np.array_equal(np.concatenate([half.reset()[0] for half in halves]), expected)
     assert not np.array_equal(expected[:2], expected[2:])
@@ -521,6 +553,7 @@ BAD_INPUT += [
     (bpo, {"ratio_low": 1.0}, "bounds"),
     (bpo, {"ratio_high": 0.9}, "bounds"),
     (ppo, {"clip_coef": 1.5}, "bounds"),
+    (bpo, {"divergence": "kl", "clip_coef": 1.0}, "--divergence must be atv or tv"),
 ]
 
 
@@ -576,5 +609,5 @@ def test_unusable_run_is_one_line(breakout, use, damage, tmp_path, monkeypatch):
     before = {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")}
     with pytest.raises(script.BadInput) as error:
         script.main(script.Args(**{use: str(run_dir)}, device="cpu"))
-    assert "\n" not in str(error.value) and "leave out" not in str(error.value)
+    assert "\n" not in str(error.value) and not any(x in str(error.value) for x in ("leave out", "BadInput"))
     assert {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")} == before

@@ -333,6 +333,32 @@ def test_gymnasium_backend_runs_hopper(script, tmp_path):
     assert 5 < column(rows, "length").mean() < 60 and 3 < column(rows, "return").mean() < 100
 
 
+@SCRIPTS
+def test_rewards_are_scaled_within_an_episode_also_with_rollouts_of_one_step(script, tmp_path, monkeypatch):
+    """All episodes then end at once, and the rollout after that has dummy rows only."""
+    seen, update = [], script.RunningNormalizer.update
+
+    def record(self, samples):
+        if self.mean.shape == (1,) and samples.dtype == torch.float64:
+            seen.append(samples.flatten().tolist())
+        update(self, samples)
+
+    monkeypatch.setattr(script.RunningNormalizer, "update", record)
+    settings = PROBE | dict(num_envs=2, num_steps=1, minibatch_size=2, update_epochs=1, gamma=0.5, norm_obs=False)
+    train(script, tmp_path, **settings, env_id="Endless-v0", total_timesteps=20)
+    episode = [[x, x] for x in (1.0, 1.5, 1.75, 1.875, 1.9375)]
+    assert seen == episode * 2
+
+
+@SCRIPTS
+def test_seed_of_the_evaluation_stays_within_range(script, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(script, "evaluate", lambda agent, args, deterministic, seed: seeds.append(seed) or np.ones(1))
+    for seed in (1, 2**31 - 1):
+        script.report(None, script.Args(seed=seed), tmp_path)
+    assert seeds == [10_001] * 2 + [9_999] * 2
+
+
 def test_clip_coef_near_zero_keeps_the_policy(tmp_path):
     """The target is then the old policy itself, whatever the advantages."""
     runs = {}
@@ -473,10 +499,23 @@ def test_resuming_restores_every_tensor(broken_and_unbroken, monkeypatch, tmp_pa
     assert all(p.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for p in parameters)
 
 
-def test_resume_takes_no_other_settings(broken_and_unbroken):
+@pytest.mark.parametrize("purpose", ["resume", "evaluate"])
+def test_a_run_takes_no_other_settings(broken_and_unbroken, purpose):
     script, run_dirs, _ = broken_and_unbroken
     with pytest.raises(script.BadInput, match="leave out --gamma"):
-        script.train(script.Args(resume=str(run_dirs["unbroken"]), compile=False, gamma=0.5))
+        script.main(script.Args(**{purpose: str(run_dirs["unbroken"])}, compile=False, gamma=0.5))
+
+
+def test_mean_return_of_the_last_episodes_goes_on_over_a_restart(broken_and_unbroken, tmp_path, monkeypatch):
+    script, run_dirs, _ = broken_and_unbroken
+    run_dir = shutil.copytree(run_dirs["unbroken"], tmp_path / "run")
+    edit(run_dir / "args.json", total_timesteps=21_000)
+    before = len(read(run_dir / "episodes.csv"))
+    script.train(script.Args(resume=str(run_dir), compile=False))
+    episodes, row = read(run_dir / "episodes.csv"), read(run_dir / "metrics.csv")[-1]
+    assert before < len(episodes) < before + 100
+    ended = [x["return"] for x in episodes if x["step"] <= row["step"]]
+    assert row["charts/mean_return_100"] == pytest.approx(np.mean(ended[-100:]), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ broken numbers
@@ -537,6 +576,7 @@ BAD_VALUES |= dict(target_kl=[0.0, NAN], desired_kl=[0.0, NAN], log_std_init=[NA
 BAD_BPO_VALUES = dict(ratio_low=[1.0, 1.2, -0.1, NAN], ratio_high=[1.0, 0.9, INF, NAN], temperature=[0.0, -1.0, NAN])
 BAD_BPO_VALUES |= dict(median_temperature=[0.0, NAN], median_coef=[-1.0, NAN], tv_coef=[-1.0, NAN])
 BAD_INPUT = [(script, *case) for script in (bpo, ppo) for case in BAD_TASKS]
+BAD_INPUT += [(bpo, {"divergence": "kl", "clip_coef": 1.0}, "--divergence must be atv or tv")]
 for scripts, table in ((BOTH.values(), BAD_VALUES), ([bpo], BAD_BPO_VALUES)):
     for name, values in table.items():
         word = "bounds" if name.startswith("ratio") else f"--{name.replace('_', '-')} must be|bounds"
@@ -618,7 +658,7 @@ def test_unusable_run_is_one_line(script, use, damage, tiny_runs, tmp_path, monk
     before = {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")}
     with pytest.raises(script.BadInput) as error:
         script.main(script.Args(**{use: str(run_dir)}, compile=False))
-    assert "\n" not in str(error.value) and "leave out" not in str(error.value)
+    assert "\n" not in str(error.value) and not any(x in str(error.value) for x in ("leave out", "BadInput"))
     assert {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")} == before
 
 

@@ -210,12 +210,12 @@ def test_the_policy_sees_the_observation_and_the_critics_the_privileged_one(scri
 
 
 @SCRIPTS
-def test_standard_deviation_is_a_scalar_parameter_and_stays_positive(script):
+def test_the_parameter_is_the_standard_deviation_itself(script):
     _, agent = new_agent(script, init_std=1.0)
     assert agent.std.shape == (2,) and (agent.std == 1).all() and (agent.log_std == 0).all()
     with torch.no_grad():
-        agent.std.copy_(torch.tensor([0.5, -3.0]))
-    torch.testing.assert_close(agent.log_std.exp(), torch.tensor([0.5, 0.01], dtype=torch.float64))
+        agent.std.copy_(torch.tensor([0.5, 0.25]))
+    torch.testing.assert_close(agent.log_std.exp(), torch.tensor([0.5, 0.25], dtype=torch.float64))
 
 
 # ---------------------------------------------------------------------------------------------- the learning rate
@@ -326,7 +326,16 @@ def test_what_the_siblings_share_is_the_same_text():
 
 # Also in the scripts for continuous actions, in the same words.
 SHARED = {"BadInput", "RunningNormalizer", "log_prob", "kl_divergence", "policy_loss", "ratio_statistics", "to_env"}
-SHARED |= {"can_compile", "report", "write_atomically", "to_bytes", "load_agent", "trim", "request_stop"}
+SHARED |= {
+    "can_compile",
+    "report",
+    "write_atomically",
+    "to_bytes",
+    "load_agent",
+    "check_same_settings",
+    "trim",
+    "request_stop",
+}
 SHARED_BPO = {"target_ratio", "median_loss"}
 
 

@@ -94,15 +94,29 @@ def simulator(num_envs, episode, next_step, action_size=1, privileged_size=1):
             {"rewards/pay": torch.tensor(rewards).mean()},
         )
 
-    calls = dict(reset=lambda stagger=False: (observe(), {"rewards/pay": 0.0}), step=step, close=lambda: None)
+    calls = dict(reset=lambda **_: (observe(), {"rewards/pay": 0.0}), step=step, close=lambda: None)
     return SimpleNamespace(**calls, next_step=next_step)
 
 
 def use(script, monkeypatch, episode, next_step=False):
+    """The list that this returns receives, whenever training starts, the simulator's seed, the global generator's, and
+    the steps made before."""
+    resets = []
+
     def make_envs(args, num_envs, seed, render=False):
-        return simulator(num_envs, episode, next_step), 1, 1, 1
+        envs = simulator(num_envs, episode, next_step)
+        reset = envs.reset
+
+        def recorded(stagger=False, steps=0):
+            if stagger:
+                resets.append((seed, torch.initial_seed(), steps))
+            return reset()
+
+        envs.reset = recorded
+        return envs, 1, 1, 1
 
     monkeypatch.setattr(script, "make_envs", make_envs)
+    return resets
 
 
 LENGTHS = (1, 4, 2, 7)
@@ -260,7 +274,7 @@ def test_logged_rewards_are_means_over_real_steps():
     for _ in range(80):
         actions = 3 * torch.randn(6, 12)
         (obs, _), reward, terminated, truncated, logs = envs.step(actions)
-        state, raw_reward, *ends, info = raw.step(actions.numpy().clip(-1, 1).astype(np.float64))
+        state, raw_reward, *ends, info = raw.step(actions.numpy().astype(np.float64))  # not clipped, as in Playground
         np.testing.assert_allclose(obs, state["state"], rtol=1e-6)
         np.testing.assert_allclose(reward, raw_reward)
         np.testing.assert_array_equal(terminated | truncated, ends[0] | ends[1])
@@ -269,6 +283,26 @@ def test_logged_rewards_are_means_over_real_steps():
         if real.any():
             assert logs["rewards/pose"] == pytest.approx(info["reward_pose"][real].mean())
     assert mixed > 0, "some robots must be reset while others walk"
+    alone, *_ = bpo.make_envs(args, 1, 3)
+    _, logs = alone.reset()
+    ended = False
+    while not ended:
+        _, _, terminated, truncated, seen = alone.step(actions[:1])
+        assert seen.keys() == logs.keys() and len(logs) > 10
+        ended = terminated | truncated
+    assert alone.step(actions[:1])[-1] == {}, "a dummy step alone has no rewards to log"
+
+
+def test_actions_of_other_tasks_are_clipped():
+    import envpool
+
+    envs, *_ = bpo.make_envs(bpo.Args(env_id="Hopper-v4", device="cpu"), 2, 3)
+    raw = envpool.make("Hopper-v4", env_type="gymnasium", num_envs=2, seed=3)
+    envs.reset(), raw.reset()
+    (obs, _), reward, *_ = envs.step(torch.full((2, 3), 4.0))
+    state, raw_reward, *_ = raw.step(np.ones((2, 3)))
+    np.testing.assert_allclose(obs, state, rtol=1e-6)
+    np.testing.assert_allclose(reward, raw_reward)
 
 
 def test_memory_is_checked_before_making_environments(tmp_path, monkeypatch):
@@ -312,7 +346,7 @@ def test_manager_based_simulators_start_episodes_at_random_lengths():
 
     class Env:
         max_episode_length, episode_length_buf = 1000, torch.zeros(500, dtype=torch.long)
-        action_manager = SimpleNamespace(total_action_dim=3)
+        single_action_space = SimpleNamespace(shape=(3,))
 
         def reset(self):
             self.episode_length_buf = torch.zeros(500, dtype=torch.long)
@@ -328,7 +362,8 @@ def test_manager_based_simulators_start_episodes_at_random_lengths():
     assert (envs.obs_size, envs.privileged_size, envs.action_size, envs.next_step) == (5, 5, 3, False)
     _, logs = envs.reset()
     assert (env.episode_length_buf == 0).all() and list(logs) == ["rewards/alive"]
-    envs.reset(stagger=True)
+    envs.reset(stagger=True, steps=77)
+    assert env.common_step_counter == 77
     assert 0 <= env.episode_length_buf.min() < 100 and 900 < env.episode_length_buf.max() < 1000
     env.reset = lambda: ({"actor": {"camera": torch.zeros(500, 8, 8)}}, {})
     with pytest.raises(bpo.BadInput, match="Mjlab-X has no flat observation"):
@@ -349,14 +384,14 @@ def test_mjlab_cartpole_learns_to_balance(script, tmp_path):
 
 
 def comparable(rows):
-    """Without what a clock says, and the mean of the last 100 episodes, which starts anew."""
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "charts/SPS", "charts/mean"))} for row in rows]
+    """Without what a clock says."""
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "charts/SPS"))} for row in rows]
 
 
 @SCRIPTS
 def test_resumed_run_equals_an_unbroken_one(script, tmp_path, monkeypatch):
     """Episodes of one step, so that simulators which start anew change nothing: every later row must be the same."""
-    use(script, monkeypatch, lambda e, k, action: (0.0, -((action - 0.5) ** 2), "terminated"))
+    resets = use(script, monkeypatch, lambda e, k, action: (0.0, -((action - 0.5) ** 2), "terminated"))
     settings = SMALL | dict(total_timesteps=500, update_epochs=2, norm_obs=True, checkpoint_interval=2)
     unbroken = train(script, tmp_path / "unbroken", **settings)
     calls, gradient = [], script.minibatch_gradient
@@ -376,8 +411,9 @@ def test_resumed_run_equals_an_unbroken_one(script, tmp_path, monkeypatch):
     with (run_dir / "metrics.csv").open("a") as metrics, (run_dir / "episodes.csv").open("a") as episodes:
         metrics.write("197" + ",1" * (run_dir / "metrics.csv").read_text().split("\n")[0].count(",") + "\n191,0.5")
         episodes.write("195,7,7\n191,7,3")
-    with pytest.raises(script.BadInput, match="leave out --gamma"):
-        script.train(script.Args(resume=str(run_dir), gamma=0.5))
+    for purpose in ("resume", "evaluate"):
+        with pytest.raises(script.BadInput, match="leave out --gamma"):
+            script.main(script.Args(**{purpose: str(run_dir)}, gamma=0.5))
     assert script.train(script.Args(resume=str(run_dir))) == str(run_dir)
     for file in ("metrics.csv", "episodes.csv"):
         resumed, whole = read(run_dir / file), read(unbroken / file)
@@ -385,6 +421,34 @@ def test_resumed_run_equals_an_unbroken_one(script, tmp_path, monkeypatch):
     ours, theirs = (torch.load(x / "checkpoint.pt") for x in (run_dir, unbroken))
     assert all(torch.equal(x, theirs["agent"][name]) for name, x in ours["agent"].items())
     assert torch.equal(ours["rng_state"], theirs["rng_state"])
+    # Each start has random numbers of its own; that of a resumed run also knows how far its curriculum is.
+    assert resets == [(2 * 4, 2 * 4, 0)] * 2 + [(2 * 4 + 192, 2 * 4 + 192, 192 / 4)]
+
+
+@SCRIPTS
+def test_seeds_share_no_simulator(script, tmp_path, monkeypatch):
+    """EnvPool gives environment i the seed `seed + i`."""
+    resets = use(script, monkeypatch, lambda e, k, action: (0.0, 1.0, "terminated"))
+    for seed in (0, 1, 2):
+        train(script, tmp_path / str(seed), **SMALL, total_timesteps=20, seed=seed)
+    streams = [set(range(first, first + SMALL["num_envs"])) for first, *_ in resets]
+    assert len(set.union(*streams)) == 3 * SMALL["num_envs"]
+
+
+@SCRIPTS
+def test_standard_deviation_has_a_floor_and_leaves_it_again(script, tmp_path, monkeypatch):
+    use(script, monkeypatch, lambda e, k, action: (0.0, 1.0, "terminated"))
+    seen, gradient = [], script.minibatch_gradient
+
+    def downwards_then_upwards(agent, *rest):
+        seen.append(agent.std.item())
+        flat, stats, names = gradient(agent, *rest)
+        return torch.full_like(flat, 1.0 if len(seen) < 20 else -1.0), stats, names
+
+    monkeypatch.setattr(script, "minibatch_gradient", downwards_then_upwards)
+    settings = SMALL | dict(total_timesteps=1000, update_epochs=2, init_std=0.1, norm_obs=False)
+    train(script, tmp_path, **settings, lr_schedule="constant", learning_rate=0.01)
+    assert min(seen) == pytest.approx(0.01) and seen[0] == pytest.approx(0.1) and seen[-1] > 0.02
 
 
 def test_a_signal_ends_a_real_process_with_a_checkpoint(tmp_path):
@@ -409,10 +473,12 @@ def test_same_seed_same_run_and_saved_agent_evaluates_the_same(script, tmp_path,
     assert first == same != other and first.count(b"\n") > 5
     trained = json.loads((runs[0] / "evaluation.json").read_text())
     capsys.readouterr()
+    torch.set_float32_matmul_precision("highest")  # as in a new process
     script.main(script.Args(evaluate=str(runs[0]), eval_episodes=2, seed=3))
     assert capsys.readouterr().out.count("over 2 episodes") == 2
     again = json.loads((runs[0] / "evaluation.json").read_text())
     assert again["deterministic"] == trained["deterministic"] and len(again["stochastic"]["returns"]) == 2
+    assert torch.get_float32_matmul_precision() == script.Args().matmul_precision
 
 
 # ------------------------------------------------------------------------------------------------------ broken numbers
@@ -525,18 +591,28 @@ def tiny_runs(tmp_path_factory):
 
 @SCRIPTS
 @pytest.mark.parametrize("purpose", ["resume", "evaluate"])
-@pytest.mark.parametrize("damage", [*DAMAGES, "sibling's run", "other device"])
+@pytest.mark.parametrize("damage", [*DAMAGES, "sibling's run"])
 def test_unusable_run_is_one_line(script, purpose, damage, tiny_runs, tmp_path):
-    if damage == "other device" and purpose == "evaluate":
-        pytest.skip("an agent can be evaluated on any device")
     run_dir = shutil.copytree(
         tiny_runs[{bpo: ppo, ppo: bpo}[script] if "sibling" in damage else script], tmp_path / "run"
     )
     DAMAGES.get(damage, lambda run: None)(run_dir)
-    if damage == "other device":
-        torch.save(torch.load(run_dir / "checkpoint.pt") | {"device": "cuda"}, run_dir / "checkpoint.pt")
     before = {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")}
     with pytest.raises(script.BadInput) as error:
         script.main(script.Args(**{purpose: str(run_dir)}))
-    assert "\n" not in str(error.value) and "leave out" not in str(error.value)
+    assert "\n" not in str(error.value) and not any(x in str(error.value) for x in ("leave out", "BadInput"))
     assert {x: x.stat().st_mtime_ns for x in tmp_path.rglob("*")} == before
+
+
+@SCRIPTS
+def test_a_run_of_another_device_can_be_evaluated_but_not_resumed(script, tiny_runs, tmp_path):
+    run_dir = shutil.copytree(tiny_runs[script], tmp_path / "run")
+    edit(run_dir / "args.json", device="cuda")
+    torch.save(torch.load(run_dir / "checkpoint.pt") | {"device": "cuda"}, run_dir / "checkpoint.pt")
+    with pytest.raises(script.BadInput, match="was trained on cuda: it can be resumed there only"):
+        script.main(script.Args(resume=str(run_dir), device="cpu"))
+    (run_dir / "evaluation.json").unlink()
+    script.main(script.Args(evaluate=str(run_dir), device="cpu", eval_episodes=1))
+    assert (run_dir / "evaluation.json").exists()
+    with pytest.raises(script.BadInput, match="--device cuda needs a GPU"):
+        script.main(script.Args(evaluate=str(run_dir), device="cuda"))
