@@ -227,9 +227,16 @@ def is_complete(out, run):
 def test_every_suite_is_valid(path, tmp_path, monkeypatch, capsys):
     status, output, errors = here([path, "--dry-run", "--output-dir", tmp_path / "runs"], monkeypatch, capsys)
     runs = {"ablation": 63, "fair_mujoco": 80, "paper_mujoco": 80, "smoke": 12, "paper_atari": 80, "smoke_atari": 4}
-    runs = (runs | {"paper_locomotion": 18, "paper_figure6_small": 40, "llm_objectives": 30, "released_mujoco": 12})[
-        path.stem
-    ]
+    runs = (
+        runs
+        | {
+            "paper_locomotion": 18,
+            "fair_locomotion": 6,
+            "paper_figure6_small": 40,
+            "llm_objectives": 30,
+            "released_mujoco": 12,
+        }
+    )[path.stem]
     assert (status, len(output.splitlines())) == (0, runs)
     assert errors == [f"{runs} runs, 0 complete, 0 to resume, {runs} to start"]
     assert not (tmp_path / "runs").exists()
