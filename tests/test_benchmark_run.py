@@ -3,6 +3,7 @@
 Most tests sweep STUB, a script with the files and manners of the training scripts that starts in no time.
 """
 
+import gc
 import json
 import os
 import pty
@@ -158,6 +159,7 @@ def finish(runner):
 
 def here(arguments, monkeypatch, capsys):
     """The runner as __main__ in this process: exit status, standard output, lines of standard error."""
+    gc.collect()  # simulators that earlier tests left: ending them in the process that the runner forks would crash it
     monkeypatch.setattr(sys, "argv", [str(RUNNER), *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(RUNNER), run_name="__main__")
