@@ -41,6 +41,7 @@ import tyro
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -89,7 +90,7 @@ class Args:
     learning_rate: float = 3e-4
     """AdamW's step size (the initial one if it is scheduled)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """linear, cosine: to 0 at the last step"""
+    """linear, cosine: falls towards 0"""
     lr_warmup: int = 20
     """gradient steps over which the learning rate rises from 0"""
     weight_decay: float = 0.0
@@ -109,7 +110,7 @@ class Args:
     ratio_high: float | None = None
     """upper bound c_h of the ratio, in place of 1 + epsilon (Corollary 4.7)"""
     target_temperature: float = 1e-4
-    """lambda of Theorem 4.1, in standard deviations of the group's rewards"""
+    """lambda of Theorem 4.1, in units of the group's standard deviation, or of reward with --scale-rewards none"""
     tv_coef: float = 0.0
     """alpha_1: weight of the plain total variation beside the advantage-weighted one (Eq. 16)"""
     aggregation: Literal["response", "token", "constant"] = "response"
@@ -201,6 +202,8 @@ def check_args(args):
         raise BadInput(f"--num-votes must be at least --group-size, got {args.num_votes} and {args.group_size}")
     if args.env_id != "addition" and not args.dataset:
         raise BadInput(f"there is no built-in task {args.env_id}: pass --dataset, or --env-id addition")
+    if args.system_prompt and not args.chat_template:
+        raise BadInput("--system-prompt is a part of the chat template: add --chat-template")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is no GPU that PyTorch can use; leave it out to run on the CPU")
     if args.generator == "vllm" and not args.model:
@@ -218,7 +221,7 @@ def read_rows(source):
     try:
         if path.suffix in (".json", ".jsonl"):
             text = path.read_text()
-            return json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x]
+            return json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x]
         import datasets
 
         datasets.disable_progress_bars()
@@ -234,12 +237,12 @@ def read_rows(source):
         raise BadInput(f"cannot read {source}: {str(getattr(error, 'strerror', None) or error)[:200]}") from None
 
 
-def read_problems(source, args, tokenizer):
-    """Problems of a dataset (dicts): its rows, with the prompt's tokens and the answer's number.
+def usable_problems(rows, source, args, tokenizer):
+    """Problems (dicts): the source's rows, with the prompt's tokens and the answer's number.
 
     Bad rows are named, counted and left out; BadInput if none is left.
     """
-    rows, problems, bad = read_rows(source), [], []
+    problems, bad = [], []
     for i, row in enumerate(rows if isinstance(rows, list) else []):
         prompt = row.get("prompt") if isinstance(row, dict) else None
         number = parse_number(str(row.get("answer"))) if isinstance(row, dict) else None
@@ -268,30 +271,32 @@ def encode(prompt, args, tokenizer):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def addition_problems(args, tokenizer):
-    """All sums of two numbers from 10 to 99, in random order; the first 500 are held out: two lists of problems."""
+def addition_rows():
+    """All sums of two numbers from 10 to 99, in random order: a list of rows."""
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     order = torch.randperm(len(pairs), generator=make_generator("addition")).tolist()
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in (pairs[i] for i in order)]
-    ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
-    problems = [
-        {"row": row, "prompt": row["prompt"], "ids": x, "number": Fraction(row["answer"])} for row, x in zip(rows, ids)
-    ]
-    return problems[500:], problems[:500]
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in (pairs[i] for i in order)]
 
 
 def make_problems(args, tokenizer):
     """Problems to train on and held-out ones: two lists."""
-    if not args.dataset:
-        return addition_problems(args, tokenizer)
-    problems = read_problems(args.dataset, args, tokenizer)
-    return problems, read_problems(args.eval_dataset, args, tokenizer) if args.eval_dataset else problems
+    if args.dataset:
+        problems = held_out = usable_problems(read_rows(args.dataset), args.dataset, args, tokenizer)
+    else:
+        rows, source = addition_rows(), "the built-in task"
+        problems, held_out = (usable_problems(x, source, args, tokenizer) for x in (rows[500:], rows[:500]))
+    if args.eval_dataset:
+        held_out = usable_problems(read_rows(args.eval_dataset), args.eval_dataset, args, tokenizer)
+    if args.fsdp and args.generator == "vllm" and min(len(held_out), args.eval_problems) < WORLD_SIZE:
+        raise BadInput(f"--fsdp --generator vllm needs a held-out problem for each of the {WORLD_SIZE} processes")
+    return problems, held_out
 
 
 # ------------------------------------------------------------------------------------------------------------- rewards
 # A completion is untrusted text: it is matched by bounded expressions, never evaluated.
 
-NUMBER = re.compile(r"([+-]?)([0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12})(?:\.([0-9]{0,40}))?(?:/([0-9]{1,40}))?")
+WHOLE = r"[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12}|(?=\.[0-9])"  # the last: nothing, as in .5
+NUMBER = re.compile(rf"([+-]?)({WHOLE})(?:\.([0-9]{{0,40}}))?(?:/([0-9]{{1,40}}))?")
 FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([0-9]{1,40})\}\{([0-9]{1,40})\}")
 
 
@@ -344,6 +349,12 @@ def true_rewards(problems, texts, args):
         columns = {name: [problem["row"].get(name) for problem in each] for name in names}
         flat = [text for group in texts for text in group]
         rewards = load_function(args.reward_fn)(prompts=[x["prompt"] for x in each], completions=flat, **columns)
+        try:
+            rewards = [float(x) for x in rewards]
+        except (TypeError, ValueError):  # not a list, or None (TRL's "not applicable") among them
+            rewards = []
+        if len(rewards) != len(flat) or not all(map(math.isfinite, rewards)):
+            raise SystemExit(f"error: {args.reward_fn} must return {len(flat)} finite numbers, one per completion")
         return torch.tensor(rewards, dtype=torch.float64).view(len(texts), -1), {}
     right = [[extract_answer(x, args.reward) == p["number"] for x in group] for p, group in zip(problems, texts)]
     return torch.tensor(right, dtype=torch.float64), {}
@@ -385,8 +396,6 @@ def make_model(args, device):
             raise BadInput(f"cannot load --model {args.model}: {str(error).splitlines()[0][:200]}") from None
         if tokenizer.eos_token_id is None:
             raise BadInput(f"the tokenizer of {args.model} has no end-of-sequence token")
-        if args.chat_template and not tokenizer.chat_template:
-            raise BadInput(f"the tokenizer of {args.model} has no chat template: leave out --chat-template")
     else:
         vocabulary = {x: i for i, x in enumerate(["<pad>", "<eos>", *"0123456789+="])}
         characters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -410,6 +419,15 @@ def make_model(args, device):
             eos_token_id=1,
         )
         model = transformers.Qwen2ForCausalLM(config).to(getattr(torch, args.dtype))
+    if args.chat_template and not tokenizer.chat_template:
+        name = args.model or "the built-in model"
+        raise BadInput(f"the tokenizer of {name} has no chat template: leave out --chat-template")
+    if args.gradient_checkpointing:  # transformers' own works in training mode only, which brings dropout
+        layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+        if not layers:
+            raise BadInput(f"{args.model} has no layers to recompute: leave out --gradient-checkpointing")
+        for layer in layers:
+            layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return model.to(device).eval(), tokenizer  # eval: no dropout, while learning neither
 
 
@@ -423,7 +441,7 @@ def warm_up(model, tokenizer, problems, args):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20)
         rows = torch.randint(len(problems), (128,), generator=generator).tolist()
         batch = collate([problems[i]["ids"] for i in rows], [answers[i] for i in rows], 0, model.device)
-        log_probs, _ = token_log_probs(model, batch, 1.0)
+        log_probs, _ = token_log_probs(model, batch, 1.0, entropy=False)
         log_probs = log_probs * batch["mask"]
         accuracy = 0.9 * accuracy + 0.1 * log_probs.detach().sum(1).exp().mean().item()  # chance of a right sample
         (-log_probs.sum() / batch["mask"].sum()).backward()
@@ -456,14 +474,20 @@ def collate(prompts, completions, pad, device):
     return {"ids": ids, "attention_mask": mask, "mask": mask[:, before:].float(), "left_padded": left_padded}
 
 
-def token_log_probs(model, batch, temperature, entropy_gradient=False):
-    """Log-probability and entropy of each completion token under the policy, in float32 and nats: [B, T], [B, T]"""
+def token_log_probs(model, batch, temperature, entropy=True, entropy_gradient=False):
+    """Log-probability and entropy (or None) of each completion token under the policy, in float32 and nats: [B, T] each
+
+    The entropy takes memory of the size of all logits.
+    """
     length = batch["mask"].shape[1]
     ids, mask = batch["ids"][:, :-1], batch["attention_mask"][:, :-1]
-    inputs = dict(position_ids=positions(mask), use_cache=False, logits_to_keep=length)
-    inputs["attention_mask"] = mask if batch["left_padded"] else None  # causal attention sees no padding on the right
+    inputs = dict(use_cache=False, logits_to_keep=length)
+    if batch["left_padded"]:  # causal attention sees no padding on the right, and is faster without a mask
+        inputs |= dict(attention_mask=mask, position_ids=positions(mask))
     log_probs = (model(ids, **inputs).logits.float() / temperature).log_softmax(-1)
     chosen = log_probs.gather(-1, batch["ids"][:, -length:, None]).squeeze(-1)
+    if not entropy:
+        return chosen, None
     log_probs = log_probs if entropy_gradient else log_probs.detach()
     return chosen, -(log_probs.exp() * log_probs).sum(-1)
 
@@ -490,7 +514,8 @@ def generate(model, prompts, uniforms, stop_ids, temperature, top_p, batch_size)
     (_, copies, limit), device = uniforms.shape, model.device
     stop_ids, completions = torch.tensor(stop_ids, device=device), []
     for start in range(0, len(prompts), count := max(1, batch_size // copies)):
-        batch = collate(prompts[start : start + count], [[]] * len(prompts[start : start + count]), 0, device)
+        part = prompts[start : start + count]
+        batch = collate(part, [[]] * len(part), 0, device)
         mask = batch["attention_mask"]
         output = model(
             batch["ids"], attention_mask=mask, position_ids=positions(mask), use_cache=True, logits_to_keep=1
@@ -597,11 +622,12 @@ def minibatch_loss(model, batch, args):
 
     batch: a dict of tensors [B, T] and [B].
     """
-    log_probs, entropy = token_log_probs(model, batch, args.sampling_temperature, args.ent_coef > 0)
+    log_probs, entropy = token_log_probs(model, batch, args.sampling_temperature, entropy_gradient=args.ent_coef > 0)
     log_ratio = (log_probs - batch["old_log_probs"]).clamp(-20, 20)
     ratio, advantages = log_ratio.exp(), batch["advantages"][:, None]
     low, high = ratio_bounds(args)
-    target = target_ratio(batch["median_advantages"][:, None], low, high, args.target_temperature)
+    median_advantages = batch["median_advantages"][:, None].double()  # in float32 a target of 1 may be rounded
+    target = target_ratio(median_advantages, low, high, args.target_temperature).to(ratio.dtype)
     loss = policy_loss(ratio, target, advantages, args.tv_coef)
     mean = batch["mask"] / batch["tokens"]
     stats = {
@@ -754,8 +780,6 @@ def rollout(sampler, problems, drawn, args):
     sampled = sampler(problems, share(uniforms, minibatches), args.sampling_temperature, 1.0)
     completions, log_probs, texts, lengths, truncated = sampled
     rewards, stats = (majority_rewards if vote else true_rewards)(problems, texts, args)
-    if not rewards.isfinite().all():
-        raise SystemExit("error: a reward is not a finite number")
     groups = []
     for i, problem in enumerate(problems):
         rows = slice(i * copies, i * copies + args.group_size)
@@ -798,9 +822,11 @@ def make_minibatches(model, reference, groups, args):
             batch["advantages"] = advantages[places]
             batch["median_advantages"] = median_advantages[places]
             with torch.no_grad():
-                batch["old_log_probs"], _ = token_log_probs(model, batch, args.sampling_temperature)
+                batch["old_log_probs"], _ = token_log_probs(model, batch, args.sampling_temperature, entropy=False)
                 if reference:
-                    batch["ref_log_probs"], _ = token_log_probs(reference, batch, args.sampling_temperature)
+                    batch["ref_log_probs"], _ = token_log_probs(
+                        reference, batch, args.sampling_temperature, entropy=False
+                    )
             if args.generator == "vllm":  # its probabilities differ a little: importance weights, at most 2
                 theirs = nn.utils.rnn.pad_sequence([torch.tensor(sampled[i]) for i in rows], batch_first=True)
                 batch["weights"] *= (batch["old_log_probs"] - theirs.to(model.device)).exp().clamp(max=2)
@@ -852,6 +878,16 @@ def load_args(run_dir):
     return args
 
 
+def check_same_settings(asked, args):
+    """BadInput if a setting was asked for that the run does not have."""
+    for field in dataclasses.fields(Args):
+        value = getattr(asked, field.name)
+        if field.name not in ("resume", "evaluate") and value not in (field.default, getattr(args, field.name)):
+            raise BadInput(
+                f"the settings are the run's, and cannot be changed: leave out --{field.name.replace('_', '-')}"
+            )
+
+
 def trim(path, step):
     """Drops the rows of a CSV file that were written after `step`, or only half written."""
     lines = path.read_text().splitlines(keepends=True)
@@ -886,6 +922,8 @@ def save_model(model, tokenizer, folder):
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+    if WORLD_SIZE > 1:
+        dist.barrier()  # the others may read it next
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -893,16 +931,14 @@ def save_model(model, tokenizer, folder):
 
 def train(args):
     """Trains a model and returns its run's folder; BadInput before anything is created."""
-    checkpoint = None
+    checkpoint, step, drawn, updates, result = None, 0, 0, 0, {}
     if args.resume:
         asked, run_dir = args, Path(args.resume)
         args = load_args(run_dir)
-        for field in dataclasses.fields(Args):
-            value = getattr(asked, field.name)
-            if field.name != "resume" and value not in (field.default, getattr(args, field.name)):
-                raise BadInput(f"--resume takes the settings of the run: leave out --{field.name.replace('_', '-')}")
+        check_same_settings(asked, args)
         try:
             checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+            step, drawn, updates, result = (checkpoint[name] for name in ("step", "drawn", "updates", "result"))
         except Exception as error:
             raise BadInput(f"cannot read {run_dir / 'checkpoint.pt'}: {type(error).__name__}") from None
     if args.dataset and args.env_id == "addition":
@@ -923,25 +959,23 @@ def train(args):
             say(f"supervised learning of the built-in model: {warm_up(model, tokenizer, problems, args)} steps")
             if STOP:
                 raise SystemExit("stopped before the first iteration: there is nothing to resume")
+            if WORLD_SIZE > 1:
+                for x in model.parameters():
+                    dist.broadcast(x.data, 0)  # GPUs may have rounded differently
             save_model(model, tokenizer, run_dir / "initial_model")
     reference = None
     if args.kl_coef:
         source, dtype = args.model or run_dir / "initial_model", getattr(torch, args.dtype)
         reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
-    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.fsdp:
-        for layer in layers:
+        for layer in [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]:
             fully_shard(layer)
         fully_shard(model)
     parameters = [x for x in model.parameters() if x.requires_grad]
     masters = [x.detach().float() for x in parameters]  # of a float32 model: the parameters themselves
     optimizer = torch.optim.AdamW(masters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     sampler = functools.partial(sample, model, engine, tokenizer, args)
-    step, drawn, updates = 0, 0, 0
     if checkpoint:
-        step, drawn, updates = (checkpoint[name] for name in ("step", "drawn", "updates"))
         try:
             for x, master, saved in zip(parameters, masters, checkpoint["parameters"], strict=True):
                 master.copy_(like(saved, master))
@@ -982,7 +1016,8 @@ def train(args):
             for file in files.values():
                 file.flush()
             writer.flush()
-            torch.save({"step": step, "drawn": drawn, "updates": updates} | state, run_dir / "checkpoint.pt.tmp")
+            state |= {"step": step, "drawn": drawn, "updates": updates, "result": result}
+            torch.save(state, run_dir / "checkpoint.pt.tmp")
             os.replace(run_dir / "checkpoint.pt.tmp", run_dir / "checkpoint.pt")
 
     def run_evaluation():
@@ -998,12 +1033,12 @@ def train(args):
 
     size = sum(x.numel() for x in masters) / 1e6
     say(f"{SCRIPT} on {args.env_id}, seed {args.seed}, {size:.2f}M parameters, {WORLD_SIZE} x {device.type}: {run_dir}")
-    result = {}
     if not checkpoint:
         result = run_evaluation()
         save_checkpoint()
         say(f"step 0, held-out pass@1 {result['pass@1']:.3f}")
-    iteration, first_step, start_time, last_line = 0, step, time.time(), time.time()
+    iteration = updates // (args.update_epochs * args.num_prompts // args.minibatch_prompts)
+    first_step, start_time, last_line = step, time.time(), time.time()
     bar = tqdm(total=args.total_timesteps, initial=step, unit="completion", disable=RANK > 0 or not sys.stderr.isatty())
 
     while step < args.total_timesteps and not reduce(torch.tensor(len(STOP), device=device)):
@@ -1027,9 +1062,7 @@ def train(args):
 
         schedule = {"constant": 1.0, "linear": 1 - step / args.total_timesteps}
         schedule["cosine"] = 0.5 + 0.5 * math.cos(math.pi * step / args.total_timesteps)
-        totals, count, generator = {}, 0, make_generator("minibatches", args.seed, drawn)
-        for layer in layers:
-            layer.training = args.gradient_checkpointing  # transformers recomputes activations in training mode only
+        totals, count, generator = Counter(), 0, make_generator("minibatches", args.seed, drawn)
         for _ in range(args.update_epochs):
             ratios = []  # of this epoch: each minibatch's before its step
             for i in torch.randperm(len(minibatches), generator=generator).tolist():
@@ -1037,11 +1070,11 @@ def train(args):
                     loss, loss_stats, ratio = minibatch_loss(model, batch, args)
                     loss.backward()
                     ratios.append(ratio.detach())
-                    totals = {name: totals.get(name, 0) + x.detach() for name, x in loss_stats.items()} | {
-                        "grad_norm": totals.get("grad_norm", 0)
-                    }
+                    for name, x in loss_stats.items():
+                        totals[name] += x.detach()
                 for x, master in zip(parameters, masters):
-                    gradient = x.grad.float()  # FSDP has taken the mean over processes already
+                    gradient = torch.zeros_like(master) if x.grad is None else x.grad.float()  # None: not used
+                    # FSDP has taken the mean over processes already.
                     master.grad = gradient * WORLD_SIZE if args.fsdp else reduce(gradient)
                     x.grad = None
                 updates, count = updates + 1, count + 1
@@ -1054,19 +1087,20 @@ def train(args):
                 if args.dtype != "float32":
                     for x, master in zip(parameters, masters):
                         x.detach().copy_(master)
-        for layer in layers:
-            layer.training = False
 
         ratios = torch.cat(gather(torch.cat(ratios)))
+        if not len(ratios):  # --mask-truncated has left out all: no ratio has moved
+            ratios = torch.ones(1)
         rewards, lengths = stats.pop("reward"), stats.pop("length")
+        trained = rewards[:, : args.group_size]  # of all votes
         step += rewards.numel()
         means = reduce(torch.stack(list(totals.values()))) / count
         seconds, sps = time.perf_counter() - rollout_start, (step - first_step) / (time.time() - start_time)
         metrics = dict(zip(totals, means.tolist())) | {
             "learning_rate": learning_rate,
             "reward": rewards.mean().item(),
-            "reward_std": rewards.std(1).mean().item(),
-            "frac_reward_zero_std": (rewards.amax(1) == rewards.amin(1)).double().mean().item(),
+            "reward_std": trained.std(1).mean().item(),
+            "frac_reward_zero_std": (trained.amax(1) == trained.amin(1)).double().mean().item(),
             "completions/mean_length": lengths.mean().item(),
             "completions/max_length": lengths.max().item(),
             **{name: x.mean().item() for name, x in stats.items()},
@@ -1089,8 +1123,8 @@ def train(args):
             if files["metrics.csv"].tell() == 0:
                 files["metrics.csv"].write(",".join(["step", *metrics]) + "\n")
             files["metrics.csv"].write(",".join([str(step), *(f"{value:.6g}" for value in metrics.values())]) + "\n")
-            table = [{"step": step, **x["problem"]["row"], "completion": x["texts"][0]} for x in groups[:4]]
-            table = [json.dumps(row | {"reward": x["rewards"][0].item()}) for row, x in zip(table, groups)]
+            table = [{**x["problem"]["row"], "step": step, "completion": x["texts"][0]} for x in groups[:4]]
+            table = [json.dumps(x | {"reward": y["rewards"][0].item()}, default=str) for x, y in zip(table, groups)]
             files["completions.jsonl"].write("\n".join([*table, ""]))
             writer.add_text("completions", "\n\n".join(f"    {row}" for row in table), step)
             files["metrics.csv"].flush()
@@ -1102,8 +1136,8 @@ def train(args):
         bar.update(min(step, args.total_timesteps) - bar.n)
         if bar.disable and (time.time() - last_line > 30 or done):
             last_line, left = time.time(), max(args.total_timesteps - step, 0) / sps
-            passed = f", held-out pass@1 {result['pass@1']:.3f}" if result else ""
-            say(f"step {step}, {sps:.0f} completions/s, reward {metrics['reward']:.3f}{passed}, {left:.0f} s left")
+            scores = f"reward {metrics['reward']:.3f}, held-out pass@1 {result['pass@1']:.3f}"
+            say(f"step {step}, {sps:.0f} completions/s, {scores}, {left:.0f} s left")
         if iteration % args.checkpoint_interval == 0:
             save_checkpoint()
 
@@ -1112,7 +1146,7 @@ def train(args):
     if step < args.total_timesteps:
         raise SystemExit(f"stopped at step {step}; {kept}")
     save_model(model, tokenizer, run_dir / "model")
-    report(result or run_evaluation(), run_dir)
+    report(result, run_dir)
     if RANK == 0:
         for file in [*files.values(), writer]:
             file.close()
@@ -1143,9 +1177,11 @@ def main(args):
     run_args = load_args(run_dir)
     if not (run_dir / "model").is_dir():
         raise BadInput(f"{run_dir} has no final model: finish the run with --resume first")
-    asked = {x.name: getattr(args, x.name) for x in dataclasses.fields(Args) if x.name.startswith("eval_")}
-    asked["eval_dataset"] = args.eval_dataset or run_args.eval_dataset
-    run_args = dataclasses.replace(run_args, **asked, model=str(run_dir / "model"), device=args.device, fsdp=False)
+    fields = [x for x in dataclasses.fields(Args) if x.name.startswith("eval_")]
+    asked = {x.name: getattr(args, x.name) for x in fields if getattr(args, x.name) != x.default}
+    run_args = dataclasses.replace(run_args, **asked, device=args.device)
+    check_same_settings(args, run_args)
+    run_args = dataclasses.replace(run_args, model=str(run_dir / "model"), fsdp=False)
     check_args(run_args)
     device = start_processes(run_args)
     model, tokenizer = make_model(run_args, device)

@@ -61,6 +61,7 @@ def run_peer(args):
     with tempfile.TemporaryDirectory() as folder:
         settings = dict(output_dir=folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no", beta=0.0)
         settings |= dict(learning_rate=3e-4, max_steps=4 * args.iterations, disable_tqdm=True, loss_type="grpo")
+        settings |= dict(gradient_checkpointing=False)  # TRL's default recomputes activations, ours does not
         config = GRPOConfig(**settings, **sizes, logging_steps=4, temperature=1.0)
         trainer = GRPOTrainer(
             AutoModelForCausalLM.from_pretrained(args.peer),
@@ -110,6 +111,9 @@ def measure(name, model, args):
 
 
 def main(args):
+    if args.iterations < WARM_UP + 2:
+        print(f"error: --iterations must be at least {WARM_UP + 2}", file=sys.stderr)
+        sys.exit(2)
     programs = ("gbpo_llm", "grpo_llm", "trl")
     figures = {name: [] for name in programs}
     with tempfile.TemporaryDirectory() as folder:

@@ -87,6 +87,18 @@ def test_bounds_that_are_not_symmetric_compare_with_their_quantile():
     assert target[0].round().tolist() == [0.0] * 6 + [1.0] + [4.0] * 2
 
 
+@pytest.mark.parametrize("low, high", [(0.0, 1.45), (0.0, 2.9), (0.0, 3.7), (0.52, 1.35), (0.8, 1.2)])
+def test_the_majority_is_held_at_a_ratio_of_exactly_one(low, high, monkeypatch):
+    """In float32, too, and whatever the bounds: at ratio 1 the majority's share of the loss is 0, not a rounding."""
+    args = gbpo.Args(ratio_low=low, ratio_high=high)
+    log_probs = torch.full((1, 3), -0.5, requires_grad=True)
+    monkeypatch.setattr(gbpo, "token_log_probs", lambda *_, **__: (log_probs, torch.zeros(1, 3)))
+    batch = {"mask": torch.ones(1, 3), "weights": torch.ones(1, 3), "tokens": 3.0, "old_log_probs": log_probs.detach()}
+    batch |= {"advantages": torch.ones(1), "median_advantages": torch.zeros(1)}
+    loss, _, ratios = gbpo.minibatch_loss(None, batch, args)
+    assert (ratios == 1).all() and loss == 0 and loss.dtype == torch.float32
+
+
 # ----------------------------------------------------------------------------------------------------------- objectives
 
 
@@ -160,7 +172,7 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
         log_probs, entropy, batch = random_batch(seed)
         aggregation = args.aggregation if objective == "gbpo" else script.AGGREGATIONS[objective]
         batch["weights"] = script.token_weights(batch["mask"], aggregation, 9, batch["tokens"], 7)
-        monkeypatch.setattr(script, "token_log_probs", lambda *_, x=(log_probs, entropy): x)
+        monkeypatch.setattr(script, "token_log_probs", lambda *_, x=(log_probs, entropy), **__: x)
         loss, stats, ratios = script.minibatch_loss(None, batch, args)
         expected = literal_objective(log_probs, entropy, batch, args, objective, 9)
         torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
@@ -182,7 +194,7 @@ def test_a_token_that_the_old_policy_all_but_excluded_leaves_the_loss_finite(scr
     log_probs, entropy, batch = random_batch(0)
     batch["old_log_probs"] = log_probs.detach() - 800  # a ratio of exp(800) would be inf
     batch["weights"] = script.token_weights(batch["mask"], "token", 9, batch["tokens"], 7)
-    monkeypatch.setattr(script, "token_log_probs", lambda *_: (log_probs, entropy))
+    monkeypatch.setattr(script, "token_log_probs", lambda *_, **__: (log_probs, entropy))
     loss, stats, ratios = script.minibatch_loss(None, batch, script.Args(max_completion_length=7))
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert all(x.isfinite().all() for x in (loss, gradient, ratios, *stats.values()))
@@ -211,7 +223,7 @@ def test_losses_equal_those_of_trl(objective, monkeypatch):
     batch |= {"old_log_probs": tensors["old_log_probs"], "ref_log_probs": tensors["ref_log_probs"]}
     counts = len(mask), mask.sum().item(), RECORDED["max_completion_length"]
     batch["weights"] = grpo.token_weights(mask, grpo.AGGREGATIONS[objective], *counts)
-    monkeypatch.setattr(grpo, "token_log_probs", lambda *_: (log_probs, torch.zeros_like(log_probs)))
+    monkeypatch.setattr(grpo, "token_log_probs", lambda *_, **__: (log_probs, torch.zeros_like(log_probs)))
     loss, *_ = grpo.minibatch_loss(None, batch, args)
     assert loss.item() == pytest.approx(recorded["loss"], rel=1e-5)
     gradient = torch.autograd.grad(loss, log_probs)[0]
@@ -232,14 +244,23 @@ PROMPTS = [[5, 6, 12, 7, 13], [9, 12, 4, 13], [3, 3, 12, 8, 8, 13]]
 COMPLETIONS = [[4, 5, 1], [7, 1], [2, 3, 4, 1]]
 
 
-def test_padding_on_either_side_changes_nothing(tiny):
-    """Each row of a padded batch has the log-probabilities and entropies of the row alone, at temperature 0.7."""
+@pytest.mark.parametrize("prompts", [PROMPTS, [x[-4:] for x in PROMPTS]], ids=["left and right", "right"])
+def test_padding_on_either_side_changes_nothing(tiny, prompts):
+    """Each row of a padded batch has the log-probabilities and entropies of the row alone, at temperature 0.7.
+
+    Attention gets no mask where padding on the right is all there is: its kernels for causal attention are faster.
+    """
     model, _ = tiny
-    batch = gbpo.collate(PROMPTS, COMPLETIONS, 0, "cpu")
-    assert batch["ids"].shape == (3, 10) and batch["ids"][1].tolist() == [0, 0, 9, 12, 4, 13, 7, 1, 0, 0]
+    batch, masks = gbpo.collate(prompts, COMPLETIONS, 0, "cpu"), []
+    if prompts is PROMPTS:
+        assert batch["ids"].shape == (3, 10) and batch["ids"][1].tolist() == [0, 0, 9, 12, 4, 13, 7, 1, 0, 0]
+    attention = model.model.layers[0].self_attn
+    hook = attention.register_forward_pre_hook(lambda _, __, x: masks.append(x["attention_mask"]), with_kwargs=True)
     with torch.no_grad():
         log_probs, entropies = gbpo.token_log_probs(model, batch, 0.7)
-        for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
+        hook.remove()
+        assert (masks[0] is None) == (prompts is not PROMPTS)
+        for i, (prompt, completion) in enumerate(zip(prompts, COMPLETIONS)):
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
             expected = [logits[t].log_softmax(-1)[token].item() for t, token in enumerate(completion)]
             assert log_probs[i, : len(completion)].tolist() == pytest.approx(expected, abs=1e-5)
@@ -280,15 +301,49 @@ def test_first_ratios_are_exactly_one(script, overrides, dtype):
     model, _ = script.make_model(args, torch.device("cpu"))
     minibatches = script.make_minibatches(model, None, new_groups(script, args), args)
     assert len(minibatches) == 2 and len(minibatches[0]) > bool(args.micro_batch_tokens < 100)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():
-            layer.training = isinstance(layer, script.GradientCheckpointingLayer)
     for batch in (x for minibatch in minibatches for x in minibatch):
         log_probs, _ = script.token_log_probs(model, batch, args.sampling_temperature)
         assert log_probs.requires_grad and torch.equal(log_probs, batch["old_log_probs"])
         _, stats, ratios = script.minibatch_loss(model, batch, args)
         assert (ratios == 1).all() and stats["losses/approx_kl"] == 0 and stats["clip_ratio/region_mean"] == 0
+
+
+@SCRIPTS
+def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(script):
+    results = []
+    for checkpointing in (False, True):
+        args = script.Args(num_prompts=2, minibatch_prompts=2, group_size=4, gradient_checkpointing=checkpointing)
+        model, _ = script.make_model(args, torch.device("cpu"))
+        ((batch,),) = script.make_minibatches(model, None, new_groups(script, args), args)
+        calls = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, x=calls: x.append(1))
+        script.minibatch_loss(model, batch, args)[0].backward()
+        results.append((len(calls), torch.cat([x.grad.flatten() for x in model.parameters()])))
+    assert [calls for calls, _ in results] == [1, 2] and torch.equal(results[0][1], results[1][1])
+
+
+@SCRIPTS
+def test_a_model_without_layers_to_recompute_is_bad_input(script, monkeypatch):
+    monkeypatch.setattr(script, "GradientCheckpointingLayer", torch.nn.Conv3d)
+    with pytest.raises(script.BadInput, match="leave out --gradient-checkpointing"):
+        script.make_model(script.Args(gradient_checkpointing=True), torch.device("cpu"))
+
+
+@SCRIPTS
+def test_no_entropy_is_computed_before_the_update(script, monkeypatch):
+    """It takes memory of the size of all logits, and only the update has a use for it."""
+    args, entropies = script.Args(num_prompts=2, minibatch_prompts=2, group_size=4), []
+    model, _ = script.make_model(args, torch.device("cpu"))
+    token_log_probs = script.token_log_probs
+
+    def watched(*args, **settings):
+        log_probs, entropy = token_log_probs(*args, **settings)
+        entropies.append(entropy)
+        return log_probs, entropy
+
+    monkeypatch.setattr(script, "token_log_probs", watched)
+    ((batch,),) = script.make_minibatches(model, model, new_groups(script, args), args)
+    assert entropies == [None, None] and torch.equal(batch["ref_log_probs"], batch["old_log_probs"])
 
 
 @SCRIPTS
@@ -430,7 +485,8 @@ def test_shares_of_the_processes_make_the_whole(monkeypatch):
     "text, number",
     [("142", 142), ("142.0", 142), (" -7 ", -7), ("+3", 3), ("1,234,567", 1234567), ("0.50", Fraction(1, 2))]
     + [("3/4", Fraction(3, 4)), ("\\frac{3}{4}", Fraction(3, 4)), ("-\\dfrac{6}{8}", Fraction(-3, 4)), ("$12$", 12)]
-    + [("007", 7), ("5.", 5)]
+    + [("007", 7), ("5.", 5), (".5", Fraction(1, 2)), ("-.25", Fraction(-1, 4))]
+    + [(x, None) for x in (".", "-.", "..5", "1,.5", "./2")]
     + [(x, None) for x in ("", "x", "1e9", "1_000", "12,34", "--1", "1/0", "\\frac{1}{0}", "0x10", "nan", "inf", "1 2")]
     + [(x, None) for x in ("٣", "１２", "²", "1/2/3", "1.2.3", "__import__('os')", "9**9**9", "\\frac{1}{2", "½")],
 )
@@ -495,6 +551,19 @@ def test_majority_rewards_and_their_accuracy():
     assert stats["ttrl/ground_truth_ratio"].tolist() == [0.5, 0.25, 0]
 
 
+@SCRIPTS
+@pytest.mark.parametrize("rewards", [[1.0, None], [1.0], [1.0] * 3, [0.0, math.nan], [math.inf, 0], None, ["a", 1]])
+def test_a_reward_function_must_return_a_finite_number_for_each_completion(script, rewards, monkeypatch):
+    """None, TRL's "not applicable", is refused: left out of a group it would change who is compared with whom."""
+    monkeypatch.setattr(script, "load_function", lambda _: lambda **__: rewards)
+    problem = {"prompt": "1+1=", "row": {"prompt": "1+1=", "answer": "2"}}
+    with pytest.raises(SystemExit, match="my:f must return 2 finite numbers"):
+        script.true_rewards([problem], [["2", "3"]], script.Args(reward_fn="my:f"))
+    monkeypatch.setattr(script, "load_function", lambda _: lambda **__: [True, 0.5])
+    found, _ = script.true_rewards([problem], [["2", "3"]], script.Args(reward_fn="my:f"))
+    assert found.tolist() == [[1.0, 0.5]]
+
+
 # ------------------------------------------------------------------------------------------------------------ problems
 
 ROWS = [{"prompt": "1+1=", "answer": "2", "source": "a"}, {"prompt": "2+2=", "answer": 4.0, "id": 7}]
@@ -514,18 +583,27 @@ def write_rows(path, rows):
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_problems_are_read_from_every_kind_of_file(tiny, tmp_path, suffix):
-    problems = gbpo.read_problems(write_rows(tmp_path / f"x{suffix}", ROWS), gbpo.Args(), tiny[1])
+    rows = gbpo.read_rows(write_rows(tmp_path / f"x{suffix}", ROWS))
+    problems = gbpo.usable_problems(rows, "x", gbpo.Args(), tiny[1])
     assert [x["number"] for x in problems] == [2, 4] and problems[0]["ids"] == [3, 12, 3, 13]
 
 
 def test_bad_rows_are_named_counted_and_left_out(tiny, tmp_path, capsys):
     rows = [ROWS[0], {"answer": "3"}, {"prompt": "", "answer": "3"}, {"prompt": "1+2=", "answer": "three"}, 17]
     rows += [{"prompt": "1" * 600, "answer": "1"}, {"prompt": "3+3=", "answer": None}, ROWS[1]]
-    path = write_rows(tmp_path / "x.json", rows)
-    assert len(gbpo.read_problems(path, gbpo.Args(), tiny[1])) == 2
+    rows = gbpo.read_rows(write_rows(tmp_path / "x.json", rows))
+    assert len(gbpo.usable_problems(rows, "x.json", gbpo.Args(), tiny[1])) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "6 of 8 rows left out" in line and "row 1 has no prompt" in line and "row 3 has no number" in line
-    assert len(gbpo.read_problems(path, gbpo.Args(reward_fn="a:b"), tiny[1])) == 4  # answers may be anything then
+    args = gbpo.Args(reward_fn="a:b")  # answers may be anything then
+    assert len(gbpo.usable_problems(rows, "x.json", args, tiny[1])) == 4
+
+
+def test_a_line_of_a_jsonl_file_ends_at_its_newline_only(tmp_path):
+    """JSON allows within a string what Python's splitlines takes for the end of a line."""
+    rows = [ROWS[0] | {"source": "a\u2028b\u0085c\x1cd"}, ROWS[1]]
+    (tmp_path / "x.jsonl").write_text("\n\n".join(json.dumps(x, ensure_ascii=False) for x in rows) + "\n")
+    assert gbpo.read_rows(str(tmp_path / "x.jsonl")) == rows
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "nonsense", "[" * 10**5, '[{"prompt": "a", "answer": "b"}]', ""])
@@ -533,7 +611,7 @@ def test_bad_rows_are_named_counted_and_left_out(tiny, tmp_path, capsys):
 def test_a_file_without_a_usable_row_is_bad_input(tiny, tmp_path, text, suffix):
     (tmp_path / f"x{suffix}").write_text(text)
     with pytest.raises(gbpo.BadInput) as error:
-        gbpo.read_problems(str(tmp_path / f"x{suffix}"), gbpo.Args(), tiny[1])
+        gbpo.make_problems(gbpo.Args(dataset=str(tmp_path / f"x{suffix}")), tiny[1])
     assert "\n" not in str(error.value)
 
 
@@ -544,6 +622,42 @@ def test_addition_holds_problems_out(tiny):
     for problem in train[:50]:
         a, b = problem["prompt"].rstrip("=").split("+")
         assert problem["number"] == int(a) + int(b) and tiny[1].decode(problem["ids"]) == problem["prompt"]
+
+
+@SCRIPTS
+def test_the_built_in_task_is_encoded_and_checked_as_a_dataset_is(script):
+    args = script.Args(model="x", chat_template=True, system_prompt="1+", max_prompt_length=9)
+    with pytest.raises(script.BadInput, match="the built-in model has no chat template"):
+        script.make_model(script.Args(chat_template=True), torch.device("cpu"))
+    _, tokenizer = script.make_model(script.Args(), torch.device("cpu"))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
+    train, held_out = script.make_problems(args, tokenizer)
+    assert (len(train), len(held_out)) == (7600, 500)
+    for problem in train[:9] + held_out[:9]:
+        assert tokenizer.decode(problem["ids"]) == "1+" + problem["prompt"] + "="
+    args.max_prompt_length = 8
+    with pytest.raises(script.BadInput, match="the built-in task has no usable row: row 0 has a prompt of 9 tokens"):
+        script.make_problems(args, tokenizer)
+
+
+@SCRIPTS
+def test_held_out_problems_may_be_of_a_file_without_a_dataset(script, tiny, tmp_path):
+    args = script.Args(eval_dataset=write_rows(tmp_path / "x.json", ROWS))
+    train, held_out = script.make_problems(args, tiny[1])
+    assert len(train) == 7600 and [x["row"] for x in held_out] == ROWS
+
+
+@SCRIPTS
+def test_fsdp_with_vllm_needs_a_held_out_problem_for_each_process(script, tiny, tmp_path, monkeypatch):
+    """A process without one would not take part in gathering the weights, and the others would wait for it."""
+    monkeypatch.setattr(script, "WORLD_SIZE", 3)
+    problems, few = write_rows(tmp_path / "x.json", ROWS * 2), write_rows(tmp_path / "few.json", ROWS)
+    for own in ({"eval_problems": 2}, {"eval_dataset": few}):
+        args = script.Args(fsdp=True, generator="vllm", dataset=problems, **own)
+        with pytest.raises(script.BadInput, match="each of the 3 processes"):
+            script.make_problems(args, tiny[1])
+    args = script.Args(fsdp=True, generator="vllm", dataset=problems, eval_problems=3)
+    assert len(script.make_problems(args, tiny[1])[1]) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------ siblings
@@ -581,6 +695,7 @@ def test_what_the_siblings_share_is_the_same_text():
 def test_text_shared_with_the_other_scripts_is_the_same():
     ours, theirs = definitions(gbpo), definitions(bpo)
     names = "BadInput ratio_bounds target_ratio policy_loss ratio_statistics write_atomically trim request_stop"
+    names += " check_same_settings"
     assert not [name for name in names.split() if ours[name] != theirs[name]]
 
 
@@ -608,6 +723,7 @@ def test_every_option_has_a_help_text(script):
     [({"group_size": 1}, "--group-size must be at least 2"), ({"num_prompts": 10}, "--minibatch-prompts must divide")]
     + [({"learning_rate": math.nan}, "--learning-rate"), ({"ratio_low": 1.0}, "the ratio's bounds")]
     + [({"reward": "majority", "num_votes": 4}, "--num-votes"), ({"env_id": "Hopper-v4"}, "no built-in task")]
+    + [({"system_prompt": "Add."}, "add --chat-template")]
     + [({"eval_top_p": 0.0}, "--eval-top-p"), ({"generator": "vllm"}, "needs --model"), ({"fsdp": True}, "torchrun")],
 )
 def test_bad_settings_are_named(script, overrides, part):

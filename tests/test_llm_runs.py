@@ -1,15 +1,18 @@
 """Real runs of gbpo_llm.py and grpo_llm.py: learning, files, resuming, real models, several processes, bad input."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -192,10 +195,20 @@ def test_final_model_loads_with_transformers_and_gives_the_evaluation(run, capsy
         assert torch.equal(x, saved)
     assert tokenizer.decode(tokenizer("12+34=")["input_ids"]) == "12+34="
     before = json.loads((run / "evaluation.json").read_text())
-    gbpo.main(gbpo.Args(evaluate=str(run), eval_problems=40, eval_samples=2, device="cpu"))
+    (run / "evaluation.json").unlink()
+    gbpo.main(gbpo.Args(evaluate=str(run), device="cpu"))  # with the run's eval_problems and eval_samples
     assert json.loads((run / "evaluation.json").read_text()) == before
     assert before["pass@1"] == pytest.approx(read(run / "evaluations.csv")[-1]["pass@1"], abs=1e-6)
     assert "pass@1" in capsys.readouterr().out
+
+
+def test_an_evaluation_takes_other_held_out_problems_and_no_other_settings(run, tmp_path):
+    shutil.copytree(run, copy := tmp_path / "copy")
+    gbpo.main(gbpo.Args(evaluate=str(copy), eval_samples=3, learning_rate=3e-4, device="cpu"))
+    assert "maj@3" in json.loads((copy / "evaluation.json").read_text())
+    for name, value in (("learning_rate", 1.0), ("reward", "boxed"), ("max_completion_length", 9), ("track", True)):
+        with pytest.raises(gbpo.BadInput, match=f"the settings are the run's.*leave out --{name.replace('_', '-')}"):
+            gbpo.main(gbpo.Args(evaluate=str(copy), device="cpu", **{name: value}))
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming
@@ -203,16 +216,16 @@ def test_final_model_loads_with_transformers_and_gives_the_evaluation(run, capsy
 
 @SCRIPTS
 def test_a_resumed_run_equals_an_undisturbed_one(script, warmed, warmed_run, tmp_path, monkeypatch):
-    """Stopped by a signal after two iterations; rows that were written later are dropped."""
+    """Stopped by a signal between two evaluations; rows that were written later are dropped."""
     make_minibatches, calls = script.make_minibatches, []
 
-    def stop_in_the_second(*args):
+    def stop_in_the_first(*args):
         calls.append(1)
-        script.STOP.extend([signal.SIGTERM] * (len(calls) == 2))
+        script.STOP.extend([signal.SIGTERM] * (len(calls) == 1))
         return make_minibatches(*args)
 
-    monkeypatch.setattr(script, "make_minibatches", stop_in_the_second)
-    with pytest.raises(SystemExit, match="stopped at step 128; go on with: python .* --resume"):
+    monkeypatch.setattr(script, "make_minibatches", stop_in_the_first)
+    with pytest.raises(SystemExit, match="stopped at step 64; go on with: python .* --resume"):
         train(script, tmp_path, model=warmed)
     script.STOP.clear()
     (run_dir,) = tmp_path.iterdir()
@@ -233,6 +246,16 @@ def test_a_run_stopped_in_its_supervised_phase_leaves_nothing_to_resume(tmp_path
         train(gbpo, tmp_path)
     (run_dir,) = tmp_path.iterdir()
     assert not (run_dir / "checkpoint.pt").exists()
+
+
+def test_a_finished_run_is_resumed_without_another_evaluation(run, tmp_path):
+    """The case of a run that was killed while it wrote its model."""
+    shutil.copytree(run, copy := tmp_path / "copy")
+    shutil.rmtree(copy / "model")
+    (copy / "evaluation.json").unlink()
+    gbpo.train(gbpo.Args(resume=str(copy), device="cpu"))
+    for name in ("evaluations.csv", "evaluation.json", "metrics.csv", "model/model.safetensors"):
+        assert (copy / name).read_bytes() == (run / name).read_bytes(), name
 
 
 def test_resume_takes_no_other_settings(run):
@@ -258,8 +281,10 @@ def test_a_damaged_run_is_bad_input(run, tmp_path):
 @pytest.mark.parametrize(
     "script, own", [(gbpo, {"reward": "exact"}), (grpo, {"objective": "gspo", "reward": "majority"})]
 )
-def test_a_saved_model_and_a_file_in_ttrls_format(script, own, run, problems, tmp_path, capsys):
+def test_a_saved_model_and_a_file_in_ttrls_format(script, own, run, problems, tmp_path, capsys, monkeypatch):
     """The whole real-model path: bf16, gradient checkpointing, small micro-batches, KL, entropy bonus, lr schedule."""
+    majority_rewards, voted = script.majority_rewards, []
+    monkeypatch.setattr(script, "majority_rewards", lambda *x: voted.append(x) or majority_rewards(*x))
     settings = dict(model=str(run / "model"), dataset=problems, num_prompts=4, minibatch_prompts=2, num_votes=8)
     settings |= dict(dtype="bfloat16", gradient_checkpointing=True, micro_batch_tokens=64, kl_coef=0.01, ent_coef=0.001)
     settings |= dict(total_timesteps=96, lr_schedule="cosine", learning_rate=1e-3, lr_warmup=0)
@@ -271,8 +296,20 @@ def test_a_saved_model_and_a_file_in_ttrls_format(script, own, run, problems, tm
     assert all(math.isfinite(x) for row in rows for x in row.values())
     assert rows[0]["learning_rate"] == pytest.approx(1e-3)
     if own["reward"] == "majority":  # 8 votes, of which 4 are trained on
-        assert len(read(run_dir / "episodes.csv")) == 96 and rows[0]["step"] == 32
-        assert 0 <= rows[0]["ttrl/label_accuracy"] <= 1 and rows[0]["ttrl/majority_ratio"] == rows[0]["reward"]
+        episodes = read(run_dir / "episodes.csv")
+        assert len(episodes) == 96 and [row["step"] for row in rows] == [32, 64, 96]
+        for row, (asked, texts, _) in zip(rows, voted, strict=True):
+            votes = [[int(x) if re.fullmatch(r"\+?[0-9]+", x) else -1 for x in group] for group in texts]
+            labels = [Counter(x for x in group if x >= 0).most_common(1) or [(-2, 0)] for group in votes]
+            right = [label[0][0] == int(float(x["row"]["answer"])) for label, x in zip(labels, asked, strict=True)]
+            shares = np.array([[float(x == label[0][0]) for x in group] for group, label in zip(votes, labels)])
+            assert shares.shape == (4, 8)
+            assert [x["return"] for x in episodes if x["step"] == row["step"]] == shares.flatten().tolist()
+            assert row["reward"] == row["ttrl/majority_ratio"] == pytest.approx(shares.mean(), abs=1e-5)
+            assert row["ttrl/label_accuracy"] == pytest.approx(np.mean(right))
+            trained = shares[:, :4]
+            assert row["reward_std"] == pytest.approx(trained.std(1, ddof=1).mean(), abs=1e-5)
+            assert row["frac_reward_zero_std"] == pytest.approx((trained.std(1) == 0).mean())
     model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "model")
     assert model.dtype == torch.bfloat16
     masters = torch.load(run_dir / "checkpoint.pt", weights_only=True)["parameters"]
@@ -300,13 +337,65 @@ def test_a_reward_function_is_called_as_trl_calls_it(run, problems, tmp_path, mo
 
 def test_a_reward_that_is_not_finite_stops_the_run(run, problems, tmp_path, monkeypatch):
     (tmp_path / "broken_rewards.py").write_text(
-        "def f(prompts, completions, **columns):\n    return [float('nan') if len(x) else 0.0 for x in completions]\n"
+        "calls = []\n"
+        "def f(prompts, completions, **columns):\n"
+        "    calls.append(1)\n"
+        "    return [float('nan') if len(calls) > 1 else 0.0 for x in completions]\n"  # the first is the evaluation's
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="not a finite number"):
+    with pytest.raises(SystemExit, match="broken_rewards:f must return 64 finite numbers"):
         train(gbpo, tmp_path, model=str(run / "model"), dataset=problems, reward_fn="broken_rewards:f")
     (run_dir,) = (x for x in tmp_path.iterdir() if x.name.startswith("TEST"))
     assert (run_dir / "checkpoint.pt").exists() and not (run_dir / "evaluation.json").exists()
+
+
+def test_any_column_of_a_dataset_may_come_along(run, tmp_path):
+    """One named step does not replace the run's, and a date has no form of its own in JSON."""
+    import datasets
+
+    rows = [{"prompt": "1+1=", "answer": "2", "step": "a", "when": datetime.datetime(2024, 1, 2)}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    settings = dict(num_prompts=2, minibatch_prompts=2, total_timesteps=16)
+    run_dir = train(gbpo, tmp_path / "out", model=str(run / "model"), dataset=str(tmp_path / "x.parquet"), **settings)
+    rows = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [8, 8, 16, 16] and rows[0]["when"] == "2024-01-02 00:00:00"
+
+
+@SCRIPTS
+def test_completions_that_were_all_cut_off_teach_nothing_and_stop_nothing(script, warmed, tmp_path):
+    settings = dict(model=warmed, max_completion_length=1, mask_truncated=True, total_timesteps=64)
+    rows = read(train(script, tmp_path, **settings) / "metrics.csv")
+    assert rows[0]["completions/clipped_ratio"] == 1 and rows[0]["loss"] == rows[0]["grad_norm"] == 0
+    assert rows[0]["ratio/max"] == rows[0]["ratio/min"] == 1 and rows[0]["ratio/out_of_bounds"] == 0
+
+
+@SCRIPTS
+def test_dropout_is_off_while_gradient_checkpointing_recomputes(script, run, tmp_path):
+    """OPT's layers drop out by their own training flag, with 0.1 as the default."""
+    sizes = dict(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32)
+    config = transformers.OPTConfig(vocab_size=14, **sizes, max_position_embeddings=64, pad_token_id=0, eos_token_id=1)
+    assert config.dropout == 0.1
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(run / "model").save_pretrained(tmp_path / "model")
+    settings = dict(model=str(tmp_path / "model"), gradient_checkpointing=True, minibatch_prompts=16)
+    for row in read(train(script, tmp_path / "out", **settings, total_timesteps=128) / "metrics.csv"):
+        assert row["ratio/min"] == row["ratio/max"] == 1  # one step an iteration: measured before it
+
+
+@SCRIPTS
+def test_weights_that_take_no_part_stay_as_they_are(script, warmed, tmp_path, monkeypatch):
+    """As those of the part for images of a model that reads both: they get no gradient."""
+    make_model = script.make_model
+
+    def with_more(*args):
+        model, tokenizer = make_model(*args)
+        model.unused = torch.nn.Parameter(torch.ones(3))
+        return model, tokenizer
+
+    monkeypatch.setattr(script, "make_model", with_more)
+    run_dir = train(script, tmp_path, model=warmed, total_timesteps=64)
+    masters = torch.load(run_dir / "checkpoint.pt", weights_only=True)["parameters"]
+    assert [x.tolist() for x in masters if x.shape == (3,)] == [[1, 1, 1]]
 
 
 def test_chat_template_wraps_the_prompt(run, problems, tmp_path):
@@ -328,17 +417,19 @@ def torchrun(processes, script, **settings):
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    flags = [f"--{k.replace('_', '-')}={v}" if v is not True else f"--{k}" for k, v in settings.items()]
+    flags = [
+        f"--{k.replace('_', '-')}={v}" if v is not True else f"--{k.replace('_', '-')}" for k, v in settings.items()
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, script.__file__, *flags], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [False, True], ids=["replicated", "fsdp"])
-def test_two_processes_equal_one(warmed, warmed_run, tmp_path, fsdp):
+@pytest.mark.parametrize("flags", ["", "fsdp", "fsdp gradient_checkpointing"])
+def test_two_processes_equal_one(warmed, warmed_run, tmp_path, flags):
     """The same prompts, samples, minibatches and gradients: all but the last digits agree."""
-    done = torchrun(2, gbpo, **SHORT, model=warmed, output_dir=tmp_path, **{"fsdp": True} if fsdp else {})
+    done = torchrun(2, gbpo, **SHORT, model=warmed, output_dir=tmp_path, **dict.fromkeys(flags.split(), True))
     assert done.returncode == 0, done.stderr[-2000:]
     (run_dir,), run = tmp_path.iterdir(), warmed_run
     assert (run_dir / "episodes.csv").read_bytes() == (run / "episodes.csv").read_bytes()
@@ -348,6 +439,49 @@ def test_two_processes_equal_one(warmed, warmed_run, tmp_path, fsdp):
     models = [transformers.AutoModelForCausalLM.from_pretrained(x / "model") for x in (run, run_dir)]
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+UNLIKE_RUN = """
+import sys, time, torch, {script} as script
+
+warm_up, save_pretrained = script.warm_up, script.transformers.Qwen2ForCausalLM.save_pretrained
+
+def rounded_otherwise(model, *args):
+    steps = warm_up(model, *args)
+    with torch.no_grad():
+        for x in model.parameters():
+            x += 0.01 * script.RANK
+    return steps
+
+def slow(*args, **settings):
+    time.sleep(3)
+    save_pretrained(*args, **settings)
+
+script.warm_up, script.transformers.Qwen2ForCausalLM.save_pretrained = rounded_otherwise, slow
+settings = dict(num_prompts=8, minibatch_prompts=4, group_size=4, eval_problems=8, eval_samples=2, device="cpu")
+make_minibatches = script.make_minibatches
+
+def watched(model, reference, *args):
+    for x, y in zip(model.parameters(), reference.parameters(), strict=True):
+        both = script.gather(x.detach())
+        assert torch.equal(*both) and torch.equal(x, y)
+    print("ALIKE")
+    return make_minibatches(model, reference, *args)
+
+script.make_minibatches = watched
+script.train(script.Args(**settings, kl_coef=0.01, total_timesteps=32, warmup_accuracy=0.05))
+"""
+
+
+@pytest.mark.slow
+def test_processes_start_from_the_same_built_in_model(tmp_path):
+    """Although each is taught by itself and one alone writes it, slowly, for the KL term."""
+    (tmp_path / "run.py").write_text(UNLIKE_RUN.format(script="gbpo_llm"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(gbpo.__file__).parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("ALIKE") == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -361,6 +495,7 @@ def test_two_processes_equal_one(warmed, warmed_run, tmp_path, fsdp):
         (["--model", "/no/such"], "cannot load --model /no/such"),
     ]
     + [(["--dataset", "missing.json"], "cannot read missing.json"), (["--reward-fn", "nowhere:f"], "--reward-fn")]
+    + [(["--chat-template"], "the built-in model has no chat template")]
     + [(["--resume", "nowhere"], "pass the folder of a run"), (["--evaluate", "nowhere"], "pass the folder of a run")]
     + [(["--output-dir", "/proc/none"], "choose another --output-dir"), (["--dataset", "empty.json"], "no usable row")],
 )
