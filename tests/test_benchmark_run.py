@@ -233,7 +233,7 @@ def test_every_suite_is_valid(path, tmp_path, monkeypatch, capsys):
         runs
         | {
             "paper_locomotion": 18,
-            "fair_locomotion": 6,
+            "fair_locomotion": 12,
             "paper_figure6_small": 40,
             "llm_objectives": 30,
             "released_mujoco": 12,
