@@ -8,6 +8,7 @@ run: its last return, the evaluation after training, where it has one, and the c
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ METRICS = {
     "charts/mean_return_100": "return, last 100 episodes",
     "charts/mean_length_100": "episode length",
     "rewards/tracking_lin_vel": "tracking of the velocity",
+    "rewards/tracking_ang_vel": "tracking of the turning rate",
     "charts/learning_rate": "learning rate",
     "losses/kl": "KL divergence, nats",
     "ratio/high_mean": "mean ratio above 1",
@@ -79,7 +81,8 @@ def main(args):
     points = min(args.points, max(len(x["step"]) for _, x, _ in runs))
     edges = np.linspace(0, max(x["step"][-1] for _, x, _ in runs) + 1, points + 1)
     middles, rows = (edges[:-1] + edges[1:]) / 2, ["script,seeds,metric,step,mean"]
-    figure, axes = plt.subplots(3, 3, figsize=(13, 9), sharex=True)
+    height = math.ceil(len(panels) / 3)
+    figure, axes = plt.subplots(height, 3, figsize=(13, 3 * height), sharex=True, squeeze=False)
     for axis, (metric, title) in zip(axes.flat, panels.items()):
         axis.set_title(title)
         axis.set_yscale("log" if metric == "charts/learning_rate" else "linear")
