@@ -28,7 +28,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -236,7 +235,7 @@ def envpool_envs(args, num_envs, seed, render):
         envs.gl_context = mujoco.GLContext(512, 384)  # EnvPool draws into the current one
         envs.gl_context.make_current()
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
-    if isinstance(space, gym.spaces.Dict):
+    if f"MuJoCoPlayground/{args.env_id.removeprefix('MuJoCoPlayground/')}" in known:
         # Playground itself clips no action. If they were clipped, a policy would be rid of its noise by aiming far
         # beyond the bounds, and stand as stiff as a statue.
         action_space = gym.spaces.Box(-np.inf, np.inf, action_space.shape, action_space.dtype)
@@ -286,7 +285,8 @@ def check_memory(args, num_envs, make):
     free = int(fields["MemAvailable"].split()[0]) * 1024
     limit, current = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
     if limit.exists() and limit.read_text().strip() != "max":  # a container's
-        cached = int(re.search(r"^inactive_file (\d+)", limit.with_name("memory.stat").read_text(), re.M)[1])
+        statistics = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        cached = int(statistics["inactive_file"])
         free = min(free, int(limit.read_text()) - int(current.read_text()) + cached)
     if num_envs > (fits := max(int(0.9 * free / each), 1)):
         needed = f"{num_envs} environments of {args.env_id} need {num_envs * each / 1e9:.1f} GB"

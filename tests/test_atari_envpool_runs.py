@@ -379,15 +379,6 @@ def test_target_kl_ends_the_epochs(script, tmp_path, monkeypatch):
     assert len(calls) == (3 + 1) * 2  # minibatches of half a rollout
 
 
-@SCRIPTS
-def test_seed_of_the_evaluation_stays_within_range(script, tmp_path, monkeypatch):
-    seeds = []
-    monkeypatch.setattr(script, "evaluate", lambda agent, args, deterministic, seed: seeds.append(seed) or np.ones(1))
-    for seed in (1, 2**31 - 1):
-        script.report(None, script.Args(seed=seed), tmp_path)
-    assert seeds == [10_001] * 2 + [9_999] * 2
-
-
 # ----------------------------------------------------------------------------------------------------------- processes
 
 

@@ -293,16 +293,21 @@ def test_logged_rewards_are_means_over_real_steps():
     assert alone.step(actions[:1])[-1] == {}, "a dummy step alone has no rewards to log"
 
 
-def test_actions_of_other_tasks_are_clipped():
+@pytest.mark.parametrize(
+    "task, seen",
+    [("Hopper-v4", 1.0), ("H1JoystickGaitTracking-v1", 4.0), ("MuJoCoPlayground/BarkourJoystick-v1", 4.0)],
+)
+def test_actions_are_clipped_but_for_playgrounds_tasks(task, seen):
     import envpool
 
-    envs, *_ = bpo.make_envs(bpo.Args(env_id="Hopper-v4", device="cpu"), 2, 3)
-    raw = envpool.make("Hopper-v4", env_type="gymnasium", num_envs=2, seed=3)
-    envs.reset(), raw.reset()
-    (obs, _), reward, *_ = envs.step(torch.full((2, 3), 4.0))
-    state, raw_reward, *_ = raw.step(np.ones((2, 3)))
-    np.testing.assert_allclose(obs, state, rtol=1e-6)
-    np.testing.assert_allclose(reward, raw_reward)
+    envs, _, _, size = bpo.make_envs(bpo.Args(env_id=task, device="cpu"), 2, 3)
+    raws = [envpool.make(task, env_type="gymnasium", num_envs=2, seed=3) for _ in range(2)]
+    envs.reset(), [raw.reset() for raw in raws]
+    (obs, _), reward, *_ = envs.step(torch.full((2, size), 4.0))
+    same, other = (raw.step(np.full((2, size), x)) for raw, x in zip(raws, (seen, 5.0 - seen)))
+    np.testing.assert_allclose(obs, same[0], rtol=1e-5)
+    np.testing.assert_allclose(reward, same[1])
+    assert not (np.allclose(obs, other[0]) and np.allclose(reward, other[1])), "the test could not tell"
 
 
 def test_memory_is_checked_before_making_environments(tmp_path, monkeypatch):
