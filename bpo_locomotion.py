@@ -788,7 +788,7 @@ def train(args):
         save_checkpoint()
     obs = torch.zeros(num_steps, num_envs, obs_size, device=device)
     privileged = torch.zeros(num_steps + 1, num_envs, privileged_size, device=device)
-    actions = torch.zeros(num_steps, num_envs, action_size, device=device)
+    actions, means = torch.zeros(2, num_steps, num_envs, action_size, device=device)
     rewards = torch.zeros(num_steps, num_envs, device=device)
     valid, terminated, truncated = torch.zeros(3, num_steps, num_envs, dtype=bool, device=device)
     (next_obs, next_privileged), logs = envs.reset(stagger=True, steps=step // num_envs)
@@ -811,12 +811,13 @@ def train(args):
             for t in range(num_steps):
                 valid[t] = ~done  # where the step is a dummy that only resets the simulator, see make_envs
                 obs[t], privileged[t] = next_obs, next_privileged
-                actions[t] = agent.policy(agent.normalize(next_obs)) + noise[t]
+                means[t] = agent.policy(agent.normalize(next_obs))
+                actions[t] = means[t] + noise[t]
                 state, rewards[t], terminated[t], truncated[t], logs = envs.step(actions[t])
                 next_obs, next_privileged = state
                 done = (terminated[t] | truncated[t]) & envs.next_step
                 for name in logged.keys() & logs.keys():
-                    logged[name].append(torch.as_tensor(logs[name], dtype=torch.float32, device=device))
+                    logged[name].append(logs[name])
             privileged[num_steps] = next_privileged
         real = valid.cpu().numpy()  # waits for the device, once per iteration
         update_start = time.perf_counter()
@@ -833,11 +834,11 @@ def train(args):
             recent_episodes.append(episode)
             episodes_file.write(f"{steps[t]},{episode[0]:.8g},{episode[1]}\n")
         episode_return, episode_length = episode_return + return_sums[-1], episode_length + length_sums[-1]
-        means_of_logs |= {name: torch.stack(x).mean().item() for name, x in logged.items() if x}
+        means_of_logs |= {name: float(sum(x)) / len(x) for name, x in logged.items() if x}
 
         with torch.no_grad():
             inputs, privileged_inputs = agent.normalize(obs), agent.normalize_privileged(privileged)
-            values, means, log_stds = agent.value(privileged_inputs), agent.policy(inputs), agent.log_std
+            values, log_stds = agent.value(privileged_inputs), agent.log_std
             if envs.next_step:
                 bootstrapped, ends = rewards, terminated
             else:  # the next row is another episode's: as in RSL-RL, V(s_t) stands in for V(s_t+1) at a time limit

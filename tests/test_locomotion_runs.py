@@ -258,6 +258,16 @@ def test_a_run_on_a_robot_is_complete(script, tmp_path):
     assert set(about["args"]) == {x.name for x in dataclasses.fields(script.Args)}
 
 
+@SCRIPTS
+@pytest.mark.parametrize("bf16, most", [(False, 1e-9), (True, 1e-6)], ids=["float32", "bfloat16"])
+def test_the_update_starts_from_the_policy_that_acted(script, bf16, most, tmp_path):
+    """With one gradient step per iteration nothing has moved when the divergence from the rollout's means is taken."""
+    settings = GO1 | dict(num_minibatches=1, update_epochs=1, bf16=bf16, learning_rate=0.01, lr_schedule="constant")
+    rows = read(train(script, tmp_path, **settings) / "metrics.csv")
+    assert len(rows) > 1 and rows[0]["ratio/high_std"] > 1e-3  # the step itself does move it
+    assert np.abs(column(rows, "losses/kl")).max() < most and np.abs(column(rows, "losses/approx_kl")).max() < most
+
+
 def test_logged_rewards_are_means_over_real_steps():
     """Against EnvPool itself, across resets, whose dummy steps must not count."""
     import envpool
