@@ -2,9 +2,9 @@
 
     python benchmark/locomotion_curves.py runs/paper_locomotion/*__Go1JoystickRoughTerrain-v1__*/*/ --output OUTPUT
 
-writes curves.png and curves.csv: each metric's mean over the runs of a script, one line per script, and a light line
-per run. Unfinished runs are drawn as far as they are; the mean ends where the shortest run does. table.md has a row per
-run: its last return, the evaluation after training, where it has one, and the commit.
+writes curves.csv, a column per metric, a row per run and point; curves.png, a light line per run, and a line per script
+for the mean of its runs, which ends where the shortest does; and table.md, a row per run: its last return, the
+evaluation after training, where it has one, and the commit. Unfinished runs are drawn as far as they are.
 """
 
 import json
@@ -80,24 +80,24 @@ def main(args):
     panels = {metric: title for metric, title in METRICS.items() if any(metric in x for _, x, _ in runs)}
     points = min(args.points, max(len(x["step"]) for _, x, _ in runs))
     edges = np.linspace(0, max(x["step"][-1] for _, x, _ in runs) + 1, points + 1)
-    middles, rows = (edges[:-1] + edges[1:]) / 2, ["script,seeds,metric,step,mean"]
+    middles = (edges[:-1] + edges[1:]) / 2
+    curves = [{m: smooth(x["step"], x[m], edges) for m in panels if m in x} for _, x, _ in runs]
+    scripts = [about["script"] for about, *_ in runs]
     height = math.ceil(len(panels) / 3)
     figure, axes = plt.subplots(height, 3, figsize=(13, 3 * height), sharex=True, squeeze=False)
     for axis, (metric, title) in zip(axes.flat, panels.items()):
         axis.set_title(title)
         axis.set_yscale("log" if metric == "charts/learning_rate" else "linear")
-        for color, script in enumerate(sorted({about["script"] for about, *_ in runs})):
-            columns = [x for about, x, _ in runs if about["script"] == script and metric in x]
-            if not columns:
+        for color, script in enumerate(sorted(set(scripts))):
+            each = [curve[metric] for curve, of in zip(curves, scripts) if of == script and metric in curve]
+            if not each:
                 continue
-            each = np.array([smooth(x["step"], x[metric], edges) for x in columns])
             for values in each:
                 known = np.isfinite(values)  # a few are not where there are hardly more iterations than points
                 axis.plot(middles[known], values[known], color=f"C{color}", alpha=0.25, linewidth=0.8)
-            mean = each.mean(0)
+            mean = np.mean(each, axis=0)
             known = np.isfinite(mean)
-            axis.plot(middles[known], mean[known], color=f"C{color}", label=f"{script} ({len(columns)})")
-            rows += [f"{script},{len(each)},{metric},{s:.0f},{m:.5g}" for s, m in zip(middles[known], mean[known])]
+            axis.plot(middles[known], mean[known], color=f"C{color}", label=f"{script} ({len(each)})")
     axes[0, 0].legend()
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -108,6 +108,13 @@ def main(args):
     figure.tight_layout()
     args.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output / "curves.png", dpi=80)
+    rows = [",".join(["script", "seed", "step", *panels])]
+    for (about, *_), curve in zip(runs, curves):
+        for i, step in enumerate(middles):
+            values = [curve[metric][i] if metric in curve else math.nan for metric in panels]
+            if np.isfinite(values).any():
+                cells = [f"{x:.5g}" if math.isfinite(x) else "" for x in values]
+                rows.append(",".join([about["script"], str(about["args"]["seed"]), f"{step:.0f}", *cells]))
     (args.output / "curves.csv").write_text("\n".join(rows) + "\n")
 
     table = ["| script | seed | steps | return, last 100 episodes | deterministic | stochastic | commit |"]

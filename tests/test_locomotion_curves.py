@@ -29,7 +29,7 @@ def draw(*words):
     return subprocess.run([sys.executable, SCRIPT, *map(str, words)], capture_output=True, text=True)
 
 
-def test_curves_are_means_over_seeds_and_the_table_has_every_run(tmp_path):
+def test_curves_and_table_have_every_run(tmp_path):
     runs = [
         write_run(tmp_path / "a", "bpo_locomotion", 2, [3, 5, 7, 9], evaluation=8.25),
         write_run(tmp_path / "b", "bpo_locomotion", 1, [1, 1, 1]),  # unfinished
@@ -40,13 +40,17 @@ def test_curves_are_means_over_seeds_and_the_table_has_every_run(tmp_path):
     done = draw(*runs, "--output", tmp_path / "out", "--points", 4)
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out" / "curves.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    found = [
-        float(x["mean"]) for x in rows if (x["script"], x["metric"]) == ("bpo_locomotion", "charts/mean_return_100")
-    ]
-    assert found == [2, 3, 4]
-    assert {x["seeds"] for x in rows if x["script"] == "ppo_locomotion"} == {"1"}
-    assert {x["metric"] for x in rows} == {"charts/mean_return_100", "charts/learning_rate"}
+        header, *rows = csv.reader(file)
+    assert header == ["script", "seed", "step", "charts/mean_return_100", "charts/learning_rate"]
+    found = {}
+    for program, seed, _, value, rate in rows:
+        assert float(rate) == 1 + float(value)
+        found.setdefault((program, seed), []).append(float(value))
+    assert found == {
+        ("bpo_locomotion", "1"): [1, 1, 1],
+        ("bpo_locomotion", "2"): [3, 5, 7, 9],
+        ("ppo_locomotion", "1"): [2, 2, 2, 2],
+    }
     assert (tmp_path / "out" / "curves.png").read_bytes()[1:4] == b"PNG"
     assert (tmp_path / "out" / "table.md").read_text().splitlines()[2:] == [
         "| `bpo_locomotion` | 1 | 300 | 1.0 | - | - | `1abcdef` |",
@@ -61,7 +65,7 @@ def test_few_iterations_make_few_points_without_gaps(tmp_path):
     (run / "args.json").write_text(json.dumps(about | {"commit": "1abcdef0123-dirty"}))
     assert draw(run, "--output", tmp_path / "out").returncode == 0
     with (tmp_path / "out" / "curves.csv").open() as file:
-        returns = [float(x["mean"]) for x in csv.DictReader(file) if x["metric"] == "charts/mean_return_100"]
+        returns = [float(x["charts/mean_return_100"]) for x in csv.DictReader(file)]
     assert returns == list(range(81))
     assert "| `1abcdef-dirty` |" in (tmp_path / "out" / "table.md").read_text()
 
