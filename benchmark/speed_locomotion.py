@@ -3,8 +3,8 @@
     python benchmark/speed_locomotion.py
 
 Both step the same EnvPool task with as many environments and threads. The simulator alone gets random actions with the
-scripts' initial standard deviation. Each round measures it, then each script, so that all share what else the machine
-is doing. A script's figure is steps per second of wall time after the warm-up: acting, simulation, learning, logging.
+scripts' initial standard deviation. It is measured before every program, so that the two share what else the machine
+is doing. A program's figure is steps per second of wall time after the warm-up: acting, simulation, learning, logging.
 """
 
 import json
@@ -95,16 +95,17 @@ def main(args):
     if args.iterations < WARM_UP + 2:
         print(f"error: --iterations must be at least {WARM_UP + 2}", file=sys.stderr)
         sys.exit(2)
-    figures = {program: [] for program in ("simulator", *PROGRAMS)}
+    pairs = {program: [] for program in PROGRAMS}
     for _ in range(args.rounds):
-        for program, found in figures.items():
-            found.append(measure(program, args))
-            print(program, f"{found[-1]:.0f}", flush=True)
+        for program, found in pairs.items():
+            found.append((measure("simulator", args), measure(program, args)))
+            print(program, "{1:.0f} of {0:.0f}".format(*found[-1]), flush=True)
     results, table = [], ["| program | steps/s | over the bare simulator (min to max) |", "|-|-|-|"]
-    for program, found in figures.items():
-        ratios = [x / bare for x, bare in zip(found, figures["simulator"])]
+    simulator = [(bare, bare) for found in pairs.values() for bare, _ in found]
+    for program, found in {"simulator": simulator, **pairs}.items():
+        ratios = [speed / bare for bare, speed in found]
         row = dict(env_id=args.env_id, num_envs=args.num_envs, cores=len(args.cores), program=program)
-        row |= dict(steps_per_second=statistics.median(found), ratio=statistics.median(ratios))
+        row |= dict(steps_per_second=statistics.median(speed for _, speed in found), ratio=statistics.median(ratios))
         row |= dict(ratio_min=min(ratios), ratio_max=max(ratios))
         results.append(row)
         spread = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
