@@ -5,6 +5,7 @@
 Both step the same EnvPool task with as many environments and threads. The simulator alone gets random actions with the
 scripts' initial standard deviation. It is measured before every program, so that the two share what else the machine
 is doing. A program's figure is steps per second of wall time after the warm-up: acting, simulation, learning, logging.
+The dummy steps that reset the simulator are counted in neither.
 """
 
 import json
@@ -55,12 +56,14 @@ def run_bare(args):
     rng, size = np.random.default_rng(1), envs.action_space.shape[0]
     actions = rng.normal(0, 0.35, (24, args.num_envs, size)).clip(-1, 1)
     envs.reset()
+    steps = 0
     for iteration in range(args.iterations):
         if iteration == WARM_UP:
-            start = time.perf_counter()
+            steps, start = 0, time.perf_counter()
         for action in actions:
-            envs.step(action)
-    print(24 * args.num_envs * (args.iterations - WARM_UP) / (time.perf_counter() - start))
+            *_, info = envs.step(action)
+            steps += (info["elapsed_step"] > 0).sum()
+    print(steps / (time.perf_counter() - start))
 
 
 def measure(program, args):
@@ -72,7 +75,7 @@ def measure(program, args):
             words = [__file__, *common, "--bare", f"--iterations={args.iterations}", "--cores", *map(str, args.cores)]
         else:
             name, *flags = program.split()
-            steps = f"--total-timesteps={23 * args.num_envs * args.iterations}"  # a dummy step is not counted
+            steps = f"--total-timesteps={23 * args.num_envs * args.iterations}"  # without dummy steps
             words = [str(ROOT / f"{name}.py"), *common, *flags, steps, f"--output-dir={folder}", "--eval-episodes=1"]
         done = subprocess.run(
             [sys.executable, *words],
