@@ -834,7 +834,8 @@ def train(args):
             recent_episodes.append(episode)
             episodes_file.write(f"{steps[t]},{episode[0]:.8g},{episode[1]}\n")
         episode_return, episode_length = episode_return + return_sums[-1], episode_length + length_sums[-1]
-        means_of_logs |= {name: float(sum(x)) / len(x) for name, x in logged.items() if x}
+        tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=device)
+        means_of_logs |= {name: torch.stack([*map(tensor, x)]).mean().item() for name, x in logged.items() if x}
 
         with torch.no_grad():
             inputs, privileged_inputs = agent.normalize(obs), agent.normalize_privileged(privileged)

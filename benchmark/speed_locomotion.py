@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -35,7 +36,7 @@ class Args:
     """EnvPool's task"""
     num_envs: int = 128
     """environments stepped in parallel"""
-    programs: tuple[str, ...] = PROGRAMS
+    programs: tuple[Literal[PROGRAMS], ...] = PROGRAMS
     """what to measure: scripts with flags"""
     rounds: int = 3
     """measurements of each"""
@@ -100,11 +101,12 @@ def main(args):
     if args.iterations < WARM_UP + 2:
         print(f"error: --iterations must be at least {WARM_UP + 2}", file=sys.stderr)
         sys.exit(2)
-    pairs = {program: [] for program in args.programs}
+    pairs, before = {program: [] for program in args.programs}, measure("simulator", args)
     for _ in range(args.rounds):
         for program, found in pairs.items():
-            before, speed, after = (measure(x, args) for x in ("simulator", program, "simulator"))
+            speed, after = measure(program, args), measure("simulator", args)
             found.append(((before + after) / 2, speed))
+            before = after
             print(program, "{1:.0f} of {0:.0f}".format(*found[-1]), flush=True)
     results, table = [], ["| program | steps/s | over the bare simulator (min to max) |", "|-|-|-|"]
     simulator = [(bare, bare) for found in pairs.values() for bare, _ in found]
