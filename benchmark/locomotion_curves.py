@@ -4,7 +4,8 @@
 
 writes curves.csv, a column per metric, a row per run and point; curves.png, a light line per run, and a line per script
 for the mean of its runs, which ends where the shortest does; and table.md, a row per run: its last return, the
-evaluation after training, where it has one, and the commit. Unfinished runs are drawn as far as they are.
+evaluation after training, where it has one, and the commit. Unfinished runs are drawn as far as they are. Runs of one
+script with different settings are kept apart, by the settings that differ.
 """
 
 import json
@@ -29,6 +30,10 @@ METRICS = {
     "ratio/out_of_bounds": "ratios out of bounds",
     "charts/std": "standard deviation of actions",
 }
+SAME_LEARNING = (
+    "seed total_timesteps device compile output_dir checkpoint_interval eval_episodes resume evaluate "
+    "capture_video track wandb_project"
+).split()  # settings that do not tell groups of runs apart
 
 
 @dataclass
@@ -60,6 +65,14 @@ def read_run(run_dir):
         bad_input(f"{run_dir} is not a readable run, leave it out: {error}")
 
 
+def label(about, runs):
+    """The run's script, with those of its settings that other runs of that script have otherwise."""
+    others = [x["args"] for x, *_ in runs if x["script"] == about["script"]]
+    names = [x for x in about["args"] if x not in SAME_LEARNING]
+    differing = [f"{x}={about['args'][x]}" for x in names if any(o.get(x) != about["args"][x] for o in others)]
+    return " ".join([about["script"], *differing]).replace(",", "")  # a cell of curves.csv
+
+
 def smooth(steps, values, edges):
     """Mean of the values between neighbouring edges; NaN where there is none."""
     which, known = np.digitize(steps, edges) - 1, np.isfinite(values)
@@ -76,20 +89,20 @@ def main(args):
     runs = [read_run(folder) for folder in args.runs]
     if len({about["args"]["env_id"] for about, *_ in runs}) != 1:
         bad_input("give runs of one task")
-    runs.sort(key=lambda run: (run[0]["script"], run[0]["args"]["seed"]))
+    runs = sorted(runs, key=lambda run: (label(run[0], runs), run[0]["args"]["seed"]))
+    labels = [label(about, runs) for about, *_ in runs]
     panels = {metric: title for metric, title in METRICS.items() if any(metric in x for _, x, _ in runs)}
     points = min(args.points, max(len(x["step"]) for _, x, _ in runs))
     edges = np.linspace(0, max(x["step"][-1] for _, x, _ in runs) + 1, points + 1)
     middles = (edges[:-1] + edges[1:]) / 2
     curves = [{m: smooth(x["step"], x[m], edges) for m in panels if m in x} for _, x, _ in runs]
-    scripts = [about["script"] for about, *_ in runs]
     height = math.ceil(len(panels) / 3)
     figure, axes = plt.subplots(height, 3, figsize=(13, 3 * height), sharex=True, squeeze=False)
     for axis, (metric, title) in zip(axes.flat, panels.items()):
         axis.set_title(title)
         axis.set_yscale("log" if metric == "charts/learning_rate" else "linear")
-        for color, script in enumerate(sorted(set(scripts))):
-            each = [curve[metric] for curve, of in zip(curves, scripts) if of == script and metric in curve]
+        for color, group in enumerate(sorted(set(labels))):
+            each = [curve[metric] for curve, of in zip(curves, labels) if of == group and metric in curve]
             if not each:
                 continue
             for values in each:
@@ -97,7 +110,7 @@ def main(args):
                 axis.plot(middles[known], values[known], color=f"C{color}", alpha=0.25, linewidth=0.8)
             mean = np.mean(each, axis=0)
             known = np.isfinite(mean)
-            axis.plot(middles[known], mean[known], color=f"C{color}", label=f"{script} ({len(each)})")
+            axis.plot(middles[known], mean[known], color=f"C{color}", label=f"{group} ({len(each)})")
     axes[0, 0].legend()
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -109,18 +122,18 @@ def main(args):
     args.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output / "curves.png", dpi=80)
     rows = [",".join(["script", "seed", "step", *panels])]
-    for (about, *_), curve in zip(runs, curves):
+    for (about, *_), group, curve in zip(runs, labels, curves):
         for i, step in enumerate(middles):
             values = [curve[metric][i] if metric in curve else math.nan for metric in panels]
             if np.isfinite(values).any():
                 cells = [f"{x:.5g}" if math.isfinite(x) else "" for x in values]
-                rows.append(",".join([about["script"], str(about["args"]["seed"]), f"{step:.0f}", *cells]))
+                rows.append(",".join([group, str(about["args"]["seed"]), f"{step:.0f}", *cells]))
     (args.output / "curves.csv").write_text("\n".join(rows) + "\n")
 
     table = ["| script | seed | steps | return, last 100 episodes | deterministic | stochastic | commit |"]
     table += ["|-|-|-|-|-|-|-|"]
-    for about, metrics, evaluation in runs:
-        row = [f"`{about['script']}`", about["args"]["seed"], f"{metrics['step'][-1]:.0f}"]
+    for (about, metrics, evaluation), group in zip(runs, labels):
+        row = [f"`{group}`", about["args"]["seed"], f"{metrics['step'][-1]:.0f}"]
         row += [f"{metrics['charts/mean_return_100'][-1]:.1f}"]
         for kind in ("deterministic", "stochastic"):
             result = evaluation.get(kind)

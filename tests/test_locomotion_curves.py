@@ -11,10 +11,10 @@ import pytest
 SCRIPT = Path(__file__).parent.parent / "benchmark" / "locomotion_curves.py"
 
 
-def write_run(folder, script, seed, returns, task="Go1JoystickRoughTerrain-v1", evaluation=None):
+def write_run(folder, script, seed, returns, task="Go1JoystickRoughTerrain-v1", evaluation=None, **settings):
     """A run of one row per 100 steps, whose rates of learning are 1 + the return."""
     folder.mkdir()
-    about = {"script": script, "commit": f"{seed}abcdef0123", "args": {"env_id": task, "seed": seed}}
+    about = {"script": script, "commit": f"{seed}abcdef0123", "args": {"env_id": task, "seed": seed, **settings}}
     (folder / "args.json").write_text(json.dumps(about))
     rows = [f"{100 * (i + 1)},{x},{1 + x}" for i, x in enumerate(returns)]
     header = "step,charts/mean_return_100,charts/learning_rate"
@@ -68,6 +68,27 @@ def test_few_iterations_make_few_points_without_gaps(tmp_path):
         returns = [float(x["charts/mean_return_100"]) for x in csv.DictReader(file)]
     assert returns == list(range(81))
     assert "| `1abcdef-dirty` |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_runs_of_one_script_with_other_settings_are_groups_of_their_own(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", "bpo_locomotion", 1, [4, 4], ent_coef=0.01, hidden_sizes=[8, 8], compile=True),
+        write_run(tmp_path / "b", "bpo_locomotion", 2, [2, 2], ent_coef=0.003, hidden_sizes=[8, 8], compile=False),
+        write_run(tmp_path / "c", "bpo_locomotion", 1, [1, 1], ent_coef=0.003, hidden_sizes=[8], compile=True),
+        write_run(tmp_path / "d", "ppo_locomotion", 1, [3, 3], ent_coef=0.01, hidden_sizes=[8, 8], compile=True),
+    ]
+    done = draw(*runs, "--output", tmp_path / "out", "--points", 1)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out" / "curves.csv").open() as file:
+        found = {(x["script"], x["seed"]): float(x["charts/mean_return_100"]) for x in csv.DictReader(file)}
+    assert found == {
+        ("bpo_locomotion ent_coef=0.003 hidden_sizes=[8 8]", "2"): 2,
+        ("bpo_locomotion ent_coef=0.003 hidden_sizes=[8]", "1"): 1,
+        ("bpo_locomotion ent_coef=0.01 hidden_sizes=[8 8]", "1"): 4,
+        ("ppo_locomotion", "1"): 3,
+    }
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| `bpo_locomotion ent_coef=0.003 hidden_sizes=[8]` | 1 | 200 |" in table
 
 
 @pytest.mark.parametrize("fault", ["task", "missing", "damaged"])
