@@ -97,7 +97,7 @@ def main(args):
     middles = (edges[:-1] + edges[1:]) / 2
     curves = [{m: smooth(x["step"], x[m], edges) for m in panels if m in x} for _, x, _ in runs]
     height = math.ceil(len(panels) / 3)
-    figure, axes = plt.subplots(height, 3, figsize=(13, 3 * height), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(height, 3, figsize=(13, 3 * height), sharex=True, squeeze=False, layout="constrained")
     for axis, (metric, title) in zip(axes.flat, panels.items()):
         axis.set_title(title)
         axis.set_yscale("log" if metric == "charts/learning_rate" else "linear")
@@ -111,14 +111,13 @@ def main(args):
             mean = np.mean(each, axis=0)
             known = np.isfinite(mean)
             axis.plot(middles[known], mean[known], color=f"C{color}", label=f"{group} ({len(each)})")
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis in axes.flat[max(len(panels) - 3, 0) : len(panels)]:
         axis.set_xlabel("environment steps")
         axis.tick_params(labelbottom=True)
     figure.suptitle(runs[0][0]["args"]["env_id"])
-    figure.tight_layout()
     args.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output / "curves.png", dpi=80)
     rows = [",".join(["script", "seed", "step", *panels])]
