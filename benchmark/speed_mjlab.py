@@ -2,7 +2,7 @@
 
     pip install -r requirements-mjlab.txt
     python benchmark/speed_mjlab.py
-    python benchmark/speed_mjlab.py --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096    # on a GPU
+    python benchmark/speed_mjlab.py --device cuda --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096
 
 All have the same environments, networks, learning rate schedule, 24 steps and 4 minibatches; PPO has 5 epochs, BPO, as
 in the paper, 10 and a third network. They run in turn, round by round, pinned to the same cores, so that they share

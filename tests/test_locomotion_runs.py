@@ -337,7 +337,7 @@ except bpo.BadInput as error:
 
 
 def test_memory_is_checked_before_making_environments(tmp_path):
-    """In a process of its own: this one's has memory to spare from earlier tests, which the check would not count."""
+    """In a process of its own, as users run it: in this one, what earlier tests left would disturb the measurement."""
     code = MEMORY_CHECK.format(root=str(Path(bpo.__file__).parent), out=str(tmp_path / "out"))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
