@@ -209,7 +209,7 @@ def unknown_task(args, simulator, known):
 
 
 def envpool_envs(args, num_envs, seed, render):
-    """EnvPool's tasks, MuJoCo Playground's robots among them. They have no curriculum, and no clock one could set."""
+    """EnvPool's tasks, MuJoCo Playground's robots among them. They have no curriculum."""
     try:
         import envpool
     except ImportError:
@@ -252,14 +252,29 @@ def envpool_envs(args, num_envs, seed, render):
         means = np.stack([info[name] for name in terms])[:, rows].mean(1)
         return {name.replace("_", "s/", 1): x for name, x in zip(terms, means)}
 
-    def reset(**_):
+    cut, steps = np.zeros(num_envs, bool), 0  # which first episodes end here, as nobody can set EnvPool's clocks
+    first_lengths = np.zeros(num_envs, int)
+
+    def reset(stagger=False, **_):
+        nonlocal steps
         obs, info = envs.reset()
+        steps, cut[:] = 0, False
+        longest = spec.config.max_episode_steps
+        first_lengths[:] = torch.randint(1, longest + 1, (num_envs,)) if stagger else 0
         return tensors(obs), logs(info, info["elapsed_step"] >= 0)
 
     def step(actions):
-        obs, *results, info = envs.step(to_env(actions.cpu(), action_space))
-        real = info["elapsed_step"] > 0  # not the dummy step that resets
-        return tensors(obs), *(torch.from_numpy(x).to(device) for x in results), logs(info, real)
+        nonlocal steps
+        obs, rewards, terminated, truncated, info = envs.step(to_env(actions.cpu(), action_space))
+        real = (info["elapsed_step"] > 0) & ~cut  # not the dummy step that resets
+        obs, steps = tensors(obs), steps + 1
+        if cut.any():
+            for x, first in zip(obs, tensors(envs.reset(cut.nonzero()[0].astype(np.int32))[0])):
+                x[cut] = first
+            rewards[cut] = terminated[cut] = truncated[cut] = 0
+        cut[:] = (info["elapsed_step"] == steps) & (first_lengths == steps) & ~terminated & ~truncated
+        results = rewards, terminated, truncated | cut
+        return obs, *(torch.from_numpy(x).to(device) for x in results), logs(info, real)
 
     sizes = dict(zip(("obs_size", "privileged_size", "action_size"), (x.shape[0] for x in spaces)))
     calls = dict(reset=reset, step=step, render=lambda: envs.render()[0], close=envs.close)

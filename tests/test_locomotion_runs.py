@@ -303,6 +303,72 @@ def test_logged_rewards_are_means_over_real_steps():
     assert alone.step(actions[:1])[-1] == {}, "a dummy step alone has no rewards to log"
 
 
+def test_envpools_first_episodes_end_at_random_lengths():
+    """Pendulum's episodes end at their time limit alone, of 200 steps."""
+    args = bpo.Args(env_id="Pendulum-v1", device="cpu")
+    envs, *_ = bpo.make_envs(args, 60, 3)
+    torch.manual_seed(0)
+    for stagger in (False, True):
+        envs.reset(stagger=stagger)
+        truncated = torch.stack([envs.step(torch.zeros(60, 1))[3] for _ in range(402)])
+        ends = [x.nonzero().flatten().tolist() for x in truncated.T]
+        if stagger:
+            first = torch.tensor([x[0] + 1 for x in ends])
+            assert len(set(first.tolist())) > 40 and first.min() < 20 and first.max() > 180
+            assert all(x[1] - x[0] == 201 for x in ends), "later episodes are whole, after a dummy step"
+        else:
+            assert ends == [[199, 400]] * 60
+
+
+def stand_in_for_randint(lengths):
+    return lambda low, high, size: torch.tensor(lengths) if (low, high, size) == (1, 1001, (len(lengths),)) else None
+
+
+def test_an_episode_that_is_cut_is_followed_by_a_dummy_step_and_a_new_one(monkeypatch):
+    """Against EnvPool itself on Hopper, some of which fall before they are cut, when they are, or in the dummy step."""
+    import envpool
+
+    envs, *_ = bpo.make_envs(bpo.Args(env_id="Hopper-v4", device="cpu"), 40, 3)
+    raw = envpool.make("Hopper-v4", env_type="gymnasium", num_envs=40, seed=3)
+    lengths = [n % 20 + 10 for n in range(40)]
+    monkeypatch.setattr(torch, "randint", stand_in_for_randint(lengths))
+    envs.reset(stagger=True), raw.reset()
+    generator, kinds, first_end = torch.Generator().manual_seed(0), set(), [None] * 40
+    for t in range(1, 60):
+        actions = torch.randn(40, 3, generator=generator).clamp(-1, 1)
+        (obs, _), reward, terminated, truncated, _ = envs.step(actions)
+        raw_obs, raw_reward, fell, *_ = raw.step(actions.numpy())
+        for n in range(40):
+            if first_end[n] is None:
+                np.testing.assert_allclose(obs[n], raw_obs[n], rtol=1e-6)
+                assert (reward[n], terminated[n]) == (pytest.approx(raw_reward[n]), fell[n])
+                assert truncated[n] == (t == lengths[n] and not fell[n])
+                if terminated[n] or truncated[n]:
+                    first_end[n] = t
+                    kinds.add("cut" if truncated[n] else "fell when cut" if t == lengths[n] else "fell before")
+            elif t == first_end[n] + 1:
+                assert (reward[n], terminated[n], truncated[n]) == (0, False, False)
+                assert obs[n, 0] == pytest.approx(1.25, abs=0.006) and obs[n, 5:].abs().max() < 0.006, "a new episode"
+                kinds |= {"fell in the dummy step"} if fell[n] else set()
+            else:
+                assert not truncated[n], "only first episodes are cut"
+                assert t > first_end[n] + 2 or reward[n] != 0 and obs[n, 0] == pytest.approx(1.25, abs=0.1)
+    assert None not in first_end and kinds == {"cut", "fell when cut", "fell before", "fell in the dummy step"}
+
+
+def test_the_dummy_step_after_a_cut_is_not_logged(monkeypatch):
+    import envpool
+
+    envs, *_ = bpo.make_envs(bpo.Args(env_id="HalfCheetah-v4", device="cpu"), 3, 3)
+    raw = envpool.make("HalfCheetah-v4", env_type="gymnasium", num_envs=3, seed=3)
+    monkeypatch.setattr(torch, "randint", stand_in_for_randint([1, 9, 2]))
+    envs.reset(stagger=True), raw.reset()
+    for rows in ([0, 1, 2], [1, 2]):
+        logs, info = envs.step(torch.ones(3, 6))[-1], raw.step(np.ones((3, 6), np.float32))[-1]
+        assert logs["rewards/run"] == pytest.approx(info["reward_run"][rows].mean())
+    assert len(set(info["reward_run"])) == 3, "the test could not tell"
+
+
 @pytest.mark.parametrize(
     "task, seen",
     [("Hopper-v4", 1.0), ("H1JoystickGaitTracking-v1", 4.0), ("MuJoCoPlayground/BarkourJoystick-v1", 4.0)],
