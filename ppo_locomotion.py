@@ -233,27 +233,24 @@ def envpool_envs(args, num_envs, seed, render):
         means = np.stack([info[name] for name in terms])[:, rows].mean(1)
         return {name.replace("_", "s/", 1): x for name, x in zip(terms, means)}
 
-    cut, steps = np.zeros(num_envs, bool), 0  # which first episodes end here, as nobody can set EnvPool's clocks
-    first_lengths = np.zeros(num_envs, int)
+    # Nobody can set EnvPool's clocks, so first episodes are cut: truncated, and reset after the dummy step.
+    cut, first_lengths = np.zeros(num_envs, bool), np.zeros(num_envs, int)
 
     def reset(stagger=False, **_):
-        nonlocal steps
         obs, info = envs.reset()
-        steps, cut[:] = 0, False
-        longest = spec.config.max_episode_steps
-        first_lengths[:] = torch.randint(1, longest + 1, (num_envs,)) if stagger else 0
+        cut[:] = False
+        first_lengths[:] = torch.randint(1, spec.config.max_episode_steps + 1, (num_envs,)) if stagger else -1
         return tensors(obs), logs(info, info["elapsed_step"] >= 0)
 
     def step(actions):
-        nonlocal steps
         obs, rewards, terminated, truncated, info = envs.step(to_env(actions.cpu(), action_space))
-        real = (info["elapsed_step"] > 0) & ~cut  # not the dummy step that resets
-        obs, steps = tensors(obs), steps + 1
+        obs, real = tensors(obs), (info["elapsed_step"] > 0) & ~cut  # not the dummy step that resets
         if cut.any():
-            for x, first in zip(obs, tensors(envs.reset(cut.nonzero()[0].astype(np.int32))[0])):
+            for x, first in zip(obs, tensors(envs.reset(np.flatnonzero(cut).astype(np.int32))[0])):
                 x[cut] = first
             rewards[cut] = terminated[cut] = truncated[cut] = 0
-        cut[:] = (info["elapsed_step"] == steps) & (first_lengths == steps) & ~terminated & ~truncated
+        cut[:] = (info["elapsed_step"] == first_lengths) & ~terminated & ~truncated
+        first_lengths[cut | terminated | truncated] = -1
         results = rewards, terminated, truncated | cut
         return obs, *(torch.from_numpy(x).to(device) for x in results), logs(info, real)
 

@@ -367,6 +367,8 @@ def test_the_dummy_step_after_a_cut_is_not_logged(monkeypatch):
         logs, info = envs.step(torch.ones(3, 6))[-1], raw.step(np.ones((3, 6), np.float32))[-1]
         assert logs["rewards/run"] == pytest.approx(info["reward_run"][rows].mean())
     assert len(set(info["reward_run"])) == 3, "the test could not tell"
+    envs.reset()
+    assert (envs.step(torch.ones(3, 6))[1] != 0).all(), "no dummy step follows the reset of all"
 
 
 @pytest.mark.parametrize(
