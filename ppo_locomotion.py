@@ -86,7 +86,7 @@ class Args:
     norm_adv: bool = True
     """standardise the rollout's advantages"""
     norm_obs: bool = True
-    """standardise observations with running statistics; the paper does not: Isaac Lab's come scaled"""
+    """standardise observations with running statistics; Isaac Lab's own configurations, and so the paper, do not"""
     value_coef: float = 1.0
     """weight of the value loss (R - V)^2"""
     clip_value_loss: bool = True
@@ -150,7 +150,7 @@ def check_args(args):
         raise BadInput(
             f"num_envs * num_steps = {samples} samples do not divide into --num-minibatches {parts} of 2 or more"
         )
-    if args.compile and find_device(args).type == "cpu" and not can_compile():
+    if args.compile and not can_compile():
         raise BadInput("--compile needs a C++ compiler (CXX or g++) and Python's headers: install them or --no-compile")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda needs a GPU and a CUDA build of PyTorch: there is none here, pass --device cpu")
@@ -175,7 +175,8 @@ def make_envs(args, num_envs, seed, render=False):
     close()
 
     next_step says when it resets: on the step after an episode's end, a dummy whose action is ignored, or, if False,
-    within the step that ended it, whose observation is then the next episode's. logs: name -> number or tensor[].
+    within the step that ended it, whose observation is then the next episode's; fps: steps in a second of the robot's
+    time. logs: name -> number or tensor[].
     """
     gym.logger.min_level = gym.logger.ERROR
     kinds = {"Mjlab-": mjlab_envs, "Isaac-": isaac_envs}
@@ -256,7 +257,7 @@ def envpool_envs(args, num_envs, seed, render):
 
     sizes = dict(zip(("obs_size", "privileged_size", "action_size"), (x.shape[0] for x in spaces)))
     calls = dict(reset=reset, step=step, render=lambda: envs.render()[0], close=envs.close)
-    return SimpleNamespace(**calls, **sizes, next_step=True)
+    return SimpleNamespace(**calls, **sizes, next_step=True, fps=50)  # Playground's robots act every 0.02 s
 
 
 def check_memory(args, num_envs, make):
@@ -276,14 +277,29 @@ def check_memory(args, num_envs, make):
     used()
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, current = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
-    if limit.exists() and limit.read_text().strip() != "max":  # a container's
-        statistics = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
-        cached = int(statistics["inactive_file"])
-        free = min(free, int(limit.read_text()) - int(current.read_text()) + cached)
+    free = min([free, *free_in_groups()])
     if num_envs > (fits := max(int(0.9 * free / each), 1)):
         needed = f"{num_envs} environments of {args.env_id} need {num_envs * each / 1e9:.1f} GB"
         raise BadInput(f"{needed}, but {free / 1e9:.1f} GB are free: pass --num-envs {fits} or less")
+
+
+def free_in_groups(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
+    """Bytes left under each limit of memory that a container, Slurm or systemd has set for this process (Linux)."""
+    for line in Path(groups).read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            top, names = Path(root), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = Path(root, "memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(top) and (folder / names[0]).exists():
+                limit, used = ((folder / name).read_text().strip() for name in names[:2])
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                if limit != "max":
+                    yield int(limit) - int(used) + int(statistics[names[2]])
 
 
 def mjlab_envs(args, num_envs, seed, render):
@@ -292,26 +308,26 @@ def mjlab_envs(args, num_envs, seed, render):
         os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "disable")
     try:
         import mjlab.tasks  # noqa: F401 (registers the tasks)
-        import warp
         from mjlab.envs import ManagerBasedRlEnv
         from mjlab.tasks.registry import list_tasks, load_env_cfg
     except ImportError as error:
         raise BadInput(f"mjlab is not installed ({error}): pip install -r requirements-mjlab.txt") from None
-    warp.config.quiet = True
     if args.env_id not in list_tasks():
         raise unknown_task(args, "mjlab", list_tasks())
     cfg = load_env_cfg(args.env_id)
     cfg.scene.num_envs, cfg.seed = num_envs, seed
+    if any(getattr(command, "motion_file", None) == "" for command in cfg.commands.values()):
+        raise BadInput(f"{args.env_id} follows a recorded motion, which this script cannot load: pass another task")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # pages of tables
             env = ManagerBasedRlEnv(cfg, str(find_device(args)), render_mode="rgb_array" if render else None)
+            return manager_envs(args, env, "actor")
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "alloc" not in str(error) and "memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise
         raise BadInput(
             f"{num_envs} environments of {args.env_id} do not fit into memory: pass fewer --num-envs"
         ) from None
-    return manager_envs(args, env, "actor")
 
 
 @functools.cache
@@ -365,11 +381,15 @@ def manager_envs(args, env, policy):
         obs, rewards, terminated, truncated, extras = env.step(actions)
         return tensors(obs), rewards, terminated, truncated, logs(extras)
 
-    sizes = [x.shape[1] for x in reset()[0] if isinstance(x, torch.Tensor) and x.ndim == 2]
+    obs, _ = env.reset()
+    if more := ", ".join(obs.keys() - {policy, "critic"}):
+        raise BadInput(f"{args.env_id} has observations that this script cannot use ({more}): pass another task")
+    sizes = [x.shape[1] for x in tensors(obs) if isinstance(x, torch.Tensor) and x.ndim == 2]
     if len(sizes) != 2:
         raise BadInput(f"{args.env_id} has no flat observation, which this script needs")
     sizes = dict(obs_size=sizes[0], privileged_size=sizes[1], action_size=env.single_action_space.shape[0])
-    return SimpleNamespace(reset=reset, step=step, render=env.render, close=env.close, next_step=False, **sizes)
+    calls = dict(reset=reset, step=step, render=env.render, close=env.close)
+    return SimpleNamespace(**calls, **sizes, next_step=False, fps=round(1 / env.step_dt))
 
 
 # ---------------------------------------------------------------------------------------------------------- learning
@@ -568,10 +588,11 @@ def film(agent, args, folder):
         envs, *_ = make_envs(args, 1, args.seed, render=True)
         (obs, _), _ = envs.reset()
         folder.mkdir(exist_ok=True)
-        with imageio.get_writer(folder / "episode.mp4", fps=25) as video:
+        every = max(envs.fps // 25, 1)  # steps per picture
+        with imageio.get_writer(folder / "episode.mp4", fps=envs.fps / every) as video:
             done, frame = False, 0
             while not done:
-                if frame % 2 == 0:  # 50 steps a second
+                if frame % every == 0:
                     video.append_data(np.asarray(envs.render()))
                 with torch.inference_mode():
                     (obs, _), _, terminated, truncated, _ = envs.step(agent.policy(agent.normalize(obs)))
@@ -612,8 +633,10 @@ def to_bytes(state):
 def load_run(run_dir, name, device):
     """Args and checkpoint `name` of a run; BadInput if they are missing, damaged or not this script's."""
     try:
-        settings = json.loads((run_dir / "args.json").read_text())["args"]
-        settings |= {"hidden_sizes": tuple(settings["hidden_sizes"]), "compile": False, "device": device}
+        about = json.loads((run_dir / "args.json").read_text())
+        device = "cpu" if device == "auto" and about["device"] == "cpu" else device  # where the run was
+        settings = about["args"] | {"compile": False, "device": device}
+        settings["hidden_sizes"] = tuple(settings["hidden_sizes"])
         args = Args(**settings)
         check_args(args)
         checkpoint = torch.load(run_dir / name, weights_only=True, map_location=find_device(args))
@@ -722,6 +745,7 @@ def train(args):
     trim(run_dir / "episodes.csv", step)
     trim(run_dir / "metrics.csv", step)
     episodes_file, metrics_file = (run_dir / "episodes.csv").open("a"), (run_dir / "metrics.csv").open("a")
+    columns = (run_dir / "metrics.csv").read_text().partition("\n")[0].split(",")[1:]
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in dataclasses.asdict(args).items()))
     kept = f"go on with: python {SCRIPT}.py --resume {run_dir}"
@@ -742,7 +766,7 @@ def train(args):
     rewards = torch.zeros(num_steps, num_envs, device=device)
     valid, terminated, truncated = torch.zeros(3, num_steps, num_envs, dtype=bool, device=device)
     (next_obs, next_privileged), logs = envs.reset(stagger=True, steps=step // num_envs)
-    means_of_logs = dict.fromkeys(logs, math.nan)
+    unlogged = dict.fromkeys(logs, math.nan)  # where no episode ends in an iteration
     done = torch.zeros(num_envs, dtype=bool, device=device)
     episode_return, episode_length = np.zeros((2, num_envs))
     iteration, first_step, start_time, last_line = 0, step, time.time(), time.time()
@@ -754,8 +778,7 @@ def train(args):
         if args.lr_schedule == "linear":
             learning_rate.fill_(args.learning_rate * (1 - step / args.total_timesteps))
 
-        rollout_start = time.perf_counter()
-        logged = {name: [] for name in means_of_logs}
+        rollout_start, logged = time.perf_counter(), {}
         with torch.inference_mode():
             noise = agent.log_std.exp() * torch.randn(actions.shape, generator=generator, device=device)
             for t in range(num_steps):
@@ -766,8 +789,8 @@ def train(args):
                 state, rewards[t], terminated[t], truncated[t], logs = envs.step(actions[t])
                 next_obs, next_privileged = state
                 done = (terminated[t] | truncated[t]) & envs.next_step
-                for name in logged.keys() & logs.keys():
-                    logged[name].append(logs[name])
+                for name, x in logs.items():
+                    logged.setdefault(name, []).append(x)
             privileged[num_steps] = next_privileged
         real = valid.cpu().numpy()  # waits for the device, once per iteration
         update_start = time.perf_counter()
@@ -785,7 +808,7 @@ def train(args):
             episodes_file.write(f"{steps[t]},{episode[0]:.8g},{episode[1]}\n")
         episode_return, episode_length = episode_return + return_sums[-1], episode_length + length_sums[-1]
         tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=device)
-        means_of_logs |= {name: torch.stack([*map(tensor, x)]).mean().item() for name, x in logged.items() if x}
+        means_of_logs = {name: torch.stack([*map(tensor, x)]).mean().item() for name, x in logged.items()}
 
         with torch.no_grad():
             inputs, privileged_inputs = agent.normalize(obs), agent.normalize_privileged(privileged)
@@ -839,12 +862,14 @@ def train(args):
             "time/rollout": update_start - rollout_start,
             "time/update": time.perf_counter() - update_start,
         }
-        metrics |= means_of_logs
+        metrics |= unlogged | means_of_logs
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
         if metrics_file.tell() == 0:
-            metrics_file.write(",".join(["step", *metrics]) + "\n")
-        metrics_file.write(",".join([str(step), *(f"{value:.6g}" for value in metrics.values())]) + "\n")
+            columns = list(metrics)
+            metrics_file.write(",".join(["step", *columns]) + "\n")
+        row = (f"{metrics.get(name, math.nan):.6g}" for name in columns)
+        metrics_file.write(",".join([str(step), *row]) + "\n")
         episodes_file.flush()
         metrics_file.flush()
 

@@ -8,6 +8,7 @@ steps per second of wall time after the warm-up: acting, simulation, learning an
 final evaluation are given apart, in seconds.
 """
 
+import importlib.util
 import json
 import os
 import statistics
@@ -99,12 +100,13 @@ def measure(name, hidden_size, minibatch_size, args):
             ]
         done = subprocess.run(
             command,
-            check=True,
             capture_output=True,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             preexec_fn=lambda: os.sched_setaffinity(0, {args.core}),
         )
+        if done.returncode:
+            raise SystemExit(f"error: {' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
         wall = time.perf_counter() - start
         if name == "stable-baselines3":
             rate = json.loads(done.stdout.splitlines()[-1])["rate"]
@@ -116,10 +118,16 @@ def measure(name, hidden_size, minibatch_size, args):
     return rate, wall - args.total_timesteps / rate
 
 
+def bad_input(line):
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(args):
-    if args.total_timesteps < 2048 * (WARM_UP + 2):
-        print(f"error: --total-timesteps must be at least {2048 * (WARM_UP + 2)}", file=sys.stderr)
-        sys.exit(2)
+    if not importlib.util.find_spec("stable_baselines3"):
+        bad_input("Stable-Baselines3 is not installed: pip install -r benchmark/requirements.txt")
+    if args.total_timesteps < 2048 * (WARM_UP + 2) or args.rounds < 1:
+        bad_input(f"--total-timesteps must be at least {2048 * (WARM_UP + 2)}, --rounds at least 1")
     programs = (
         "bpo_continuous_action",
         "ppo_continuous_action",

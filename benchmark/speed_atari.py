@@ -8,6 +8,7 @@ have 8 environments, 128 steps, minibatches of 256 and 4 epochs. A figure is ste
 warm-up: acting, simulation, learning and logging. The seconds that our scripts spend on each are given as well.
 """
 
+import importlib.util
 import json
 import os
 import statistics
@@ -117,10 +118,16 @@ def measure(name, args):
     return rate, [x * scale for x in phases]
 
 
+def bad_input(line):
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(args):
-    if args.iterations < WARM_UP + 2:
-        print(f"error: --iterations must be at least {WARM_UP + 2}", file=sys.stderr)
-        sys.exit(2)
+    if not all(map(importlib.util.find_spec, ("stable_baselines3", "ale_py", "cv2"))):
+        bad_input("Stable-Baselines3, ale-py or OpenCV is not installed: pip install -r benchmark/requirements.txt")
+    if args.iterations < WARM_UP + 2 or args.rounds < 1:
+        bad_input(f"--iterations must be at least {WARM_UP + 2}, --rounds at least 1")
     figures = {name: [] for name in PROGRAMS}
     for _ in range(args.rounds):
         for name in PROGRAMS:

@@ -7,6 +7,7 @@ All run in turn, round by round, pinned to one core. A figure is completion toke
 first iterations: sampling, rewards, learning and logging, without evaluations and checkpoints.
 """
 
+import importlib.util
 import json
 import os
 import statistics
@@ -84,7 +85,7 @@ def pinned(command, core):
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )
     if done.returncode:
-        sys.exit(done.stderr[-2000:])
+        raise SystemExit(f"error: {' '.join(map(str, command))} failed: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
 
 
@@ -110,10 +111,16 @@ def measure(name, model, args):
         return tokens / (seconds[-1] - seconds[WARM_UP - 1])
 
 
+def bad_input(line):
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(args):
-    if args.iterations < WARM_UP + 2:
-        print(f"error: --iterations must be at least {WARM_UP + 2}", file=sys.stderr)
-        sys.exit(2)
+    if not importlib.util.find_spec("trl"):
+        bad_input("TRL is not installed: pip install -r benchmark/requirements.txt")
+    if args.iterations < WARM_UP + 2 or args.rounds < 1:
+        bad_input(f"--iterations must be at least {WARM_UP + 2}, --rounds at least 1")
     programs = ("gbpo_llm", "grpo_llm", "trl")
     figures = {name: [] for name in programs}
     with tempfile.TemporaryDirectory() as folder:

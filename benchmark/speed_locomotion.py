@@ -82,12 +82,13 @@ def measure(program, args):
             words = [str(ROOT / f"{name}.py"), *common, *flags, steps, f"--output-dir={folder}", "--eval-episodes=1"]
         done = subprocess.run(
             [sys.executable, *words],
-            check=True,
             capture_output=True,
             text=True,
             env=environment,
             preexec_fn=lambda: os.sched_setaffinity(0, args.cores),
         )
+        if done.returncode:
+            raise SystemExit(f"error: {' '.join(words)} failed: {done.stderr.strip().splitlines()[-1]}")
         if program == "simulator":
             return float(done.stdout.splitlines()[-1])
         lines = next(Path(folder).glob("*/metrics.csv")).read_text().splitlines()
@@ -98,8 +99,8 @@ def measure(program, args):
 
 
 def main(args):
-    if args.iterations < WARM_UP + 2:
-        print(f"error: --iterations must be at least {WARM_UP + 2}", file=sys.stderr)
+    if args.iterations < WARM_UP + 2 or args.rounds < 1:
+        print(f"error: --iterations must be at least {WARM_UP + 2}, --rounds at least 1", file=sys.stderr)
         sys.exit(2)
     pairs, before = {program: [] for program in args.programs}, measure("simulator", args)
     for _ in range(args.rounds):

@@ -4,10 +4,10 @@
     python benchmark/speed_mjlab.py
     python benchmark/speed_mjlab.py --device cuda --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096
 
-All have the same environments, networks, learning rate schedule, 24 steps and 4 minibatches; PPO has 5 epochs, BPO, as
-in the paper, 10 and a third network. They run in turn, round by round, pinned to the same cores, so that they share
-whatever else the machine is doing. A figure is steps per second of wall time after the warm-up: acting, simulation,
-learning and, for our scripts, logging; RSL-RL's is off.
+All have the same environments, networks, normalisation of observations (mjlab's choice for the task), learning rate
+schedule, 24 steps and 4 minibatches; PPO has 5 epochs, BPO, as in the paper, 10 and a third network. They run in turn,
+round by round, pinned to the same cores, so that they share whatever else the machine is doing. A figure is steps per
+second of wall time after the warm-up: acting, simulation, learning and, for our scripts, logging; RSL-RL's is off.
 """
 
 import importlib.util
@@ -59,23 +59,23 @@ class Args:
 
 
 def run_peer(args):
-    """Trains RSL-RL's PPO, as mjlab's own training script sets it up, and prints its steps per second."""
+    """Trains RSL-RL's PPO with mjlab's settings for the task, but for --hidden-sizes and 24 steps; prints steps/s."""
     import dataclasses
 
     import mjlab.tasks  # noqa: F401 (registers the tasks)
     from mjlab.envs import ManagerBasedRlEnv
-    from mjlab.rl import RslRlModelCfg, RslRlOnPolicyRunnerCfg, RslRlVecEnvWrapper
+    from mjlab.rl import RslRlVecEnvWrapper
     from mjlab.rl.runner import MjlabOnPolicyRunner
-    from mjlab.tasks.registry import load_env_cfg
+    from mjlab.tasks.registry import load_env_cfg, load_rl_cfg
     from mjlab.utils.torch import configure_torch_backends
 
     configure_torch_backends()
     env_cfg = load_env_cfg(args.env_id)
     env_cfg.scene.num_envs = args.num_envs
     envs = RslRlVecEnvWrapper(ManagerBasedRlEnv(env_cfg, args.device))
-    noise = {"class_name": "GaussianDistribution", "init_std": 1.0, "std_type": "scalar"}
-    actor = RslRlModelCfg(args.hidden_sizes, distribution_cfg=noise)
-    cfg = RslRlOnPolicyRunnerCfg(actor=actor, critic=RslRlModelCfg(args.hidden_sizes))
+    cfg = load_rl_cfg(args.env_id)
+    cfg.num_steps_per_env = 24
+    cfg.actor.hidden_dims = cfg.critic.hidden_dims = args.hidden_sizes
     runner = MjlabOnPolicyRunner(envs, dataclasses.asdict(cfg), None, args.device)
     runner.learn(WARM_UP, init_at_random_ep_len=True)
     start = time.perf_counter()
@@ -83,9 +83,9 @@ def run_peer(args):
     print(args.iterations * 24 * args.num_envs / (time.perf_counter() - start))
 
 
-def measure(program, args):
-    """Steps per second of one program, pinned to the cores."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(args.cores)), "MUJOCO_GL": "disable"}
+def measure(program, args, norm_obs):
+    """Steps per second of one program, pinned to the cores; norm_obs: whether ours normalise observations."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(args.cores))}
     sizes = [f"--env-id={args.env_id}", f"--num-envs={args.num_envs}", f"--device={args.device}", "--hidden-sizes"]
     sizes += map(str, args.hidden_sizes)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,17 +93,19 @@ def measure(program, args):
             words = [__file__, *sizes, "--peer", f"--iterations={args.iterations}"]
         else:
             name, *flags = program.split()
-            flags += ["--init-std=1.0", "--learning-rate=1e-3", "--no-norm-obs", "--eval-episodes=1"]
+            flags += ["--init-std=1.0", "--learning-rate=1e-3", "--eval-episodes=1"]
+            flags += ["--norm-obs" if norm_obs else "--no-norm-obs"]
             steps = 24 * args.num_envs * (WARM_UP + args.iterations)
             words = [str(ROOT / f"{name}.py"), *sizes, *flags, f"--total-timesteps={steps}", f"--output-dir={folder}"]
         done = subprocess.run(
             [sys.executable, *words],
-            check=True,
-            stdout=subprocess.PIPE,
+            capture_output=True,
             text=True,
             env=environment,
             preexec_fn=lambda: os.sched_setaffinity(0, args.cores),
         )
+        if done.returncode:
+            raise SystemExit(f"error: {' '.join(words)} failed: {done.stderr.strip().splitlines()[-1]}")
         if program == PEER:
             return float(done.stdout.splitlines()[-1])
         lines = next(Path(folder).glob("*/metrics.csv")).read_text().splitlines()
@@ -114,20 +116,30 @@ def measure(program, args):
         )
 
 
+def bad_input(line):
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main(args):
     if not importlib.util.find_spec("rsl_rl"):
-        print(
-            "error: RSL-RL is not installed, it comes with mjlab: pip install -r requirements-mjlab.txt",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        bad_input("RSL-RL is not installed, it comes with mjlab: pip install -r requirements-mjlab.txt")
     if args.iterations < 1 or args.rounds < 1:
-        print("error: --iterations and --rounds must be at least 1", file=sys.stderr)
-        sys.exit(2)
+        bad_input("--iterations and --rounds must be at least 1")
+    os.environ["MUJOCO_GL"] = "disable"
+    import mjlab.tasks  # noqa: F401 (registers the tasks)
+    import torch
+    from mjlab.tasks.registry import list_tasks, load_rl_cfg
+
+    if args.env_id not in list_tasks():
+        bad_input(f"mjlab has no task {args.env_id}: it has {', '.join(list_tasks())}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        bad_input("--device cuda needs a GPU and a CUDA build of PyTorch: there is none here, pass --device cpu")
+    norm_obs = load_rl_cfg(args.env_id).actor.obs_normalization
     figures = {program: [] for program in (PEER, *args.programs)}
     for _ in range(args.rounds):
         for program, found in figures.items():
-            found.append(measure(program, args))
+            found.append(measure(program, args, norm_obs))
             print(f"{program}: {found[-1]:.0f} steps/s", flush=True)
     results, table = [], ["| program | steps/s | times RSL-RL (min to max) |", "|-|-|-|"]
     for program, found in figures.items():

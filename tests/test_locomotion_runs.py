@@ -1,6 +1,7 @@
 """Real runs of bpo_locomotion.py and ppo_locomotion.py: both kinds of reset, logs, resuming, filming, bad input."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ BOTH = {"bpo": bpo, "ppo": ppo}
 SCRIPTS = pytest.mark.parametrize("script", BOTH.values(), ids=BOTH)
 SMALL = dict(device="cpu", num_envs=4, num_steps=12, hidden_sizes=(16,), eval_episodes=2)
 HOPPER = SMALL | dict(env_id="Hopper-v4", total_timesteps=400)  # a flat observation, no privileged one
+NAN = math.nan
 GO1 = SMALL | dict(env_id="Go1JoystickRoughTerrain-v1", total_timesteps=90)
 
 
@@ -64,7 +66,7 @@ def simulator(num_envs, episode, next_step, action_size=1, privileged_size=1):
     """A simulator of whatever `episode` plays; see make_envs for its interface.
 
     episode(e, k, action) gives step k (from 0) of an environment's e-th episode: the observation before it, its reward,
-    and how it ends: "terminated", "truncated" or "". The true last observation is 1000.
+    and how it ends: "terminated", "truncated", both or "". The true last observation is 1000.
     """
     at = [[0, 0] for _ in range(num_envs)]  # episode, step
     dummy = [False] * num_envs
@@ -85,7 +87,7 @@ def simulator(num_envs, episode, next_step, action_size=1, privileged_size=1):
             if ends[n] and next_step:
                 dummy[n] = True
                 done.add(n)
-        terminated, truncated = (torch.tensor([x == name for x in ends]) for name in ("terminated", "truncated"))
+        terminated, truncated = (torch.tensor([name in x for x in ends]) for name in ("terminated", "truncated"))
         return (
             observe(done),
             torch.tensor(rewards),
@@ -123,9 +125,9 @@ LENGTHS = (1, 4, 2, 7)
 
 
 def marked(e, k, action):
-    """Shows its step, pays 3, 4, 5, ...; lengths go 1, 4, 2, 7, 1, ...; every other episode is cut by a time limit."""
+    """Shows its step, pays 3, 4, 5, ...; lengths go 1, 4, 2, 7, 1, ...; it ends, is cut by a time limit, or both."""
     last = k + 1 == LENGTHS[e % 4]
-    return k + 1.0, 3.0 + k, ("terminated", "truncated")[e % 2] if last else ""
+    return k + 1.0, 3.0 + k, ("terminated", "truncated", "terminated, truncated")[e % 3] if last else ""
 
 
 @SCRIPTS
@@ -182,7 +184,7 @@ def test_returns_and_rows_under_both_kinds_of_reset(script, next_step, tmp_path,
             errors.append(None)
             continue
         obs, reward, end = row
-        after = {"": following, "terminated": None, "truncated": 1000 if next_step else obs}[end]
+        after = None if "terminated" in end else (1000 if next_step else obs) if end else following
         errors.append(reward + (gamma * values[after] if after else 0) - values[obs])
     expected = []
     for t, row in enumerate(first):
@@ -230,9 +232,10 @@ def test_a_compiled_run_equals_a_plain_one(script, tmp_path, monkeypatch):
 
 def test_compiling_without_a_compiler_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    for script in BOTH.values():
+    for script, gpu in itertools.product(BOTH.values(), (False, True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         with pytest.raises(script.BadInput, match="--compile needs a C.. compiler"):
-            train(script, tmp_path / "out", **HOPPER, compile=True)
+            train(script, tmp_path / "out", **HOPPER | dict(device="auto"), compile=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -415,6 +418,33 @@ def test_memory_is_checked_before_making_environments(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_limits_of_memory_are_those_of_every_group_above_the_process(tmp_path):
+    def group(path, limit, used, **statistics):
+        folder = tmp_path / path
+        folder.mkdir(parents=True, exist_ok=True)
+        old = "memory/" in f"{path}/"
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
+        for name, x in zip(files, (limit, used)):
+            (folder / name).write_text(f"{x}\n")
+        (folder / "memory.stat").write_text("".join(f"{name} {x}\n" for name, x in {"anon": 3, **statistics}.items()))
+
+    group("slurm/job", "max", 10, inactive_file=4)
+    group("slurm/job/step", 1000, 100, inactive_file=50)
+    group("slurm/other", 1, 1, inactive_file=0)
+    group("", 500, 300, inactive_file=7)
+    group("memory/jobs/one", 2000, 500, inactive_file=9, total_inactive_file=20)
+    group("memory", 2**63 - 4096, 700, inactive_file=9, total_inactive_file=30)
+    for script in BOTH.values():
+        for lines, expected in (
+            ("0::/slurm/job/step\n", [950, 207]),
+            ("0::/\n", [207]),
+            ("5:devices:/jobs\n4:cpu,memory:/jobs/one/there/is/none\n", [1520, 2**63 - 4096 - 670]),
+            ("4:cpu:/slurm\n", []),
+        ):
+            (tmp_path / "groups").write_text(lines)
+            assert list(script.free_in_groups(tmp_path / "groups", tmp_path)) == expected
+
+
 def test_film_is_a_video(tmp_path):
     if bpo.ctypes.util.find_library("EGL") is None and sys.platform == "linux":
         pytest.skip("filming needs EGL")
@@ -427,7 +457,9 @@ def test_film_is_a_video(tmp_path):
     assert run.returncode == 0, run.stderr
     import imageio
 
-    frames = [frame for frame in imageio.get_reader(tmp_path / "episode.mp4")]  # noqa: C416 (list() asks its length)
+    reader = imageio.get_reader(tmp_path / "episode.mp4")
+    assert reader.get_meta_data()["fps"] == 25
+    frames = [frame for frame in reader]  # noqa: C416 (list() asks its length)
     assert len(frames) > 3 and frames[0].shape == (384, 512, 3)
     assert np.abs(frames[0].astype(float) - frames[-1]).mean() > 0.5 and frames[0].std() > 5  # something moves
 
@@ -440,7 +472,7 @@ def test_manager_based_simulators_start_episodes_at_random_lengths():
 
     class Env:
         max_episode_length, episode_length_buf = 1000, torch.zeros(500, dtype=torch.long)
-        single_action_space = SimpleNamespace(shape=(3,))
+        single_action_space, step_dt = SimpleNamespace(shape=(3,)), 0.05
 
         def reset(self):
             self.episode_length_buf = torch.zeros(500, dtype=torch.long)
@@ -453,7 +485,7 @@ def test_manager_based_simulators_start_episodes_at_random_lengths():
 
     env = Env()
     envs = bpo.manager_envs(bpo.Args(env_id="Mjlab-X"), env, "actor")
-    assert (envs.obs_size, envs.privileged_size, envs.action_size, envs.next_step) == (5, 5, 3, False)
+    assert (envs.obs_size, envs.privileged_size, envs.action_size, envs.next_step, envs.fps) == (5, 5, 3, False, 20)
     _, logs = envs.reset()
     assert (env.episode_length_buf == 0).all() and list(logs) == ["rewards/alive"]
     envs.reset(stagger=True, steps=77)
@@ -462,6 +494,44 @@ def test_manager_based_simulators_start_episodes_at_random_lengths():
     env.reset = lambda: ({"actor": {"camera": torch.zeros(500, 8, 8)}}, {})
     with pytest.raises(bpo.BadInput, match="Mjlab-X has no flat observation"):
         bpo.manager_envs(bpo.Args(env_id="Mjlab-X"), env, "actor")
+    groups = dict.fromkeys(("actor", "critic", "camera"), torch.zeros(500, 5))
+    env.reset = lambda: (groups, {})
+    with pytest.raises(bpo.BadInput, match=r"Mjlab-X has observations that this script cannot use \(camera\)"):
+        bpo.manager_envs(bpo.Args(env_id="Mjlab-X"), env, "actor")
+
+
+@SCRIPTS
+def test_logs_of_steps_are_kept_and_those_of_episodes_are_nan_where_none_ends(script, tmp_path, monkeypatch):
+    """As in mjlab, whose rewards log something in every step, and whose episodes when they end."""
+    use(script, monkeypatch, lambda e, k, action: (0.0, 1.0, "terminated" if k == 29 else ""))
+    make_envs, count = script.make_envs, itertools.count()
+
+    def make(*args, **options):
+        envs, *sizes = make_envs(*args, **options)
+        reset, step = envs.reset, envs.step
+
+        def logging_step(actions):
+            *results, terminated, truncated, _ = step(actions)
+            logs = {"Metrics/slip": next(count)} | ({"rewards/alive": torch.tensor(7.0)} if terminated.any() else {})
+            return *results, terminated, truncated, logs
+
+        envs.reset, envs.step = lambda **x: (reset(**x)[0], {"rewards/alive": 0.0}), logging_step
+        return envs, *sizes
+
+    monkeypatch.setattr(script, "make_envs", make)
+    run_dir = train(script, tmp_path, **SMALL, total_timesteps=4 * 12 * 5)  # episodes end in iterations 3 and 5
+    alive, slip = (column(read(run_dir / "metrics.csv"), name) for name in ("rewards/alive", "Metrics/slip"))
+    np.testing.assert_array_equal(alive, [NAN, NAN, 7, NAN, 7])
+    assert slip.tolist() == [5.5, 17.5, 29.5, 41.5, 53.5]
+
+
+@pytest.mark.slow
+@SCRIPTS
+def test_mjlab_tasks_that_cannot_be_trained_are_one_line(script, tmp_path):
+    pytest.importorskip("mjlab")
+    with pytest.raises(script.BadInput, match="follows a recorded motion, which this script cannot load"):
+        train(script, tmp_path / "out", env_id="Mjlab-Tracking-Flat-Unitree-G1", num_envs=2)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -598,7 +668,6 @@ def test_nan_stops_the_run_names_its_source_and_keeps_the_checkpoint(script, tmp
 
 # ---------------------------------------------------------------------------------------------------------- bad input
 
-NAN = math.nan
 BAD = [
     ({"env_id": "Go2JoystickRoughTerrain-v1"}, "EnvPool has no task .* did you mean Go1JoystickRoughTerrain-v1"),
     ({"env_id": "CartPole-v1"}, "has no flat Box action"),
@@ -710,3 +779,11 @@ def test_a_run_of_another_device_can_be_evaluated_but_not_resumed(script, tiny_r
     assert (run_dir / "evaluation.json").exists()
     with pytest.raises(script.BadInput, match="--device cuda needs a GPU"):
         script.main(script.Args(evaluate=str(run_dir), device="cuda"))
+
+
+@SCRIPTS
+def test_a_run_of_the_cpu_goes_on_there_though_there_is_a_gpu(script, tiny_runs, tmp_path, monkeypatch):
+    run_dir = shutil.copytree(tiny_runs[script], tmp_path / "run")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert script.find_device(script.Args()).type == "cuda"
+    assert script.train(script.Args(resume=str(run_dir))) == str(run_dir)
