@@ -173,7 +173,7 @@ def check_args(args):
     low, high = ratio_bounds(args)
     if not 0 <= low < 1 < high < math.inf:
         raise BadInput(f"the ratio's bounds must satisfy 0 <= low < 1 < high, got {low} and {high}")
-    if args.compile and args.device == "cpu" and not can_compile():
+    if args.compile and not can_compile():
         raise BadInput("--compile needs a C++ compiler (CXX or g++) and Python's headers: install them or --no-compile")
     if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
         count = torch.cuda.device_count()
@@ -543,12 +543,19 @@ def train(args):
     # Large tensors in huge pages, which are quick to map (Linux). PyTorch reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     checkpoint = None
-    if args.resume:
+    if args.resume is not None:
         asked, run_dir = args, Path(args.resume)
         args, checkpoint = load_run(run_dir, "checkpoint.pt")
         args.device, args.compile, args.cuda_graphs = asked.device, asked.compile, asked.cuda_graphs
+        if checkpoint["step"] >= args.total_timesteps and (run_dir / "evaluation.json").exists():
+            raise BadInput(f"{run_dir} is complete: to train on, raise total_timesteps in its args.json")
         check_same_settings(asked, args)
     check_args(args)
+    if args.track:
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+            raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
     step = checkpoint["step"] if checkpoint else 0
     num_steps, num_envs, device = args.num_steps, args.num_envs // WORLD_SIZE, args.device
     envs, obs_space, action_space = make_envs(args, num_envs, (args.seed + step + RANK * num_envs) % 2**31)
@@ -585,8 +592,6 @@ def train(args):
             (run_dir / "episodes.csv").write_text("step,return,length\n")
             (run_dir / "metrics.csv").touch()
         if args.track:
-            import wandb
-
             settings = dict(config=dataclasses.asdict(args), dir=run_dir, id=run_dir.name, name=run_dir.name)
             wandb.init(project=args.wandb_project, resume="allow", sync_tensorboard=True, **settings)
         trim(run_dir / "episodes.csv", step)
@@ -761,7 +766,9 @@ def request_stop(number, _):
 
 def main(args):
     """Trains an agent, or evaluates that of an earlier run."""
-    if not args.evaluate:
+    if args.resume is not None and args.evaluate is not None:
+        raise BadInput("--resume and --evaluate exclude each other: pass one of them")
+    if args.evaluate is None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, request_stop)
         run_dir = train(args)

@@ -566,12 +566,19 @@ def make_run_dir(args):
 def train(args):
     """Trains an agent and returns its run's folder; BadInput before anything is created."""
     checkpoint = None
-    if args.resume:
+    if args.resume is not None:
         asked, run_dir = args, Path(args.resume)
         args, checkpoint = load_run(run_dir, "checkpoint.pt")
         args.compile = asked.compile  # depends on the machine, not on the run
+        if checkpoint["step"] >= args.total_timesteps and (run_dir / "evaluation.json").exists():
+            raise BadInput(f"{run_dir} is complete: to train on, raise total_timesteps in its args.json")
         check_same_settings(asked, args)
     check_args(args)
+    if args.track:
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+            raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
     step = checkpoint["step"] if checkpoint else 0
     torch.set_num_threads(1)  # faster than two for networks of this size
     # oneDNN's products ("medium") are the faster ones for wide networks on AMD processors with AVX-512. This limit, set
@@ -609,8 +616,6 @@ def train(args):
         (run_dir / "episodes.csv").write_text("step,return,length\n")
         (run_dir / "metrics.csv").touch()
     if args.track:
-        import wandb
-
         settings = dict(config=dataclasses.asdict(args), dir=run_dir, id=run_dir.name, name=run_dir.name)
         wandb.init(project=args.wandb_project, resume="allow", sync_tensorboard=True, **settings)
     trim(run_dir / "episodes.csv", step)
@@ -781,7 +786,9 @@ def request_stop(number, _):
 
 def main(args):
     """Trains an agent, or evaluates that of an earlier run."""
-    if not args.evaluate:
+    if args.resume is not None and args.evaluate is not None:
+        raise BadInput("--resume and --evaluate exclude each other: pass one of them")
+    if args.evaluate is None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, request_stop)
         return train(args)

@@ -760,14 +760,21 @@ def make_run_dir(args):
 def train(args):
     """Trains an agent and returns its run's folder; BadInput before anything is created."""
     checkpoint = None
-    if args.resume:
+    if args.resume is not None:
         asked, run_dir = args, Path(args.resume)
         args, checkpoint = load_run(run_dir, "checkpoint.pt", args.device)
         if checkpoint["device"] != find_device(args).type:
             raise BadInput(f"{run_dir} was trained on {checkpoint['device']}: it can be resumed there only")
         args.compile = asked.compile  # depends on the machine, not on the run
+        if checkpoint["step"] >= args.total_timesteps and (run_dir / "evaluation.json").exists():
+            raise BadInput(f"{run_dir} is complete: to train on, raise total_timesteps in its args.json")
         check_same_settings(asked, args)
     check_args(args)
+    if args.track:
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+            raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
     step = checkpoint["step"] if checkpoint else 0
     device = find_device(args)
     torch.set_float32_matmul_precision(args.matmul_precision)
@@ -800,8 +807,6 @@ def train(args):
         (run_dir / "episodes.csv").write_text("step,return,length\n")
         (run_dir / "metrics.csv").touch()
     if args.track:
-        import wandb
-
         settings = dict(config=dataclasses.asdict(args), dir=run_dir, id=run_dir.name, name=run_dir.name)
         wandb.init(project=args.wandb_project, resume="allow", sync_tensorboard=True, **settings)
     trim(run_dir / "episodes.csv", step)
@@ -973,7 +978,9 @@ def request_stop(number, _):
 
 def main(args):
     """Trains an agent, or evaluates that of an earlier run."""
-    if not args.evaluate:
+    if args.resume is not None and args.evaluate is not None:
+        raise BadInput("--resume and --evaluate exclude each other: pass one of them")
+    if args.evaluate is None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, request_stop)
         return train(args)

@@ -206,6 +206,8 @@ def check_args(args):
         raise BadInput("--system-prompt is a part of the chat template: add --chat-template")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is no GPU that PyTorch can use; leave it out to run on the CPU")
+    if args.dataset and not args.model:
+        raise BadInput("--dataset needs --model: the built-in model can read sums only")
     if args.generator == "vllm" and not args.model:
         raise BadInput("--generator vllm needs --model")
     if args.fsdp and WORLD_SIZE == 1:
@@ -932,18 +934,25 @@ def save_model(model, tokenizer, folder):
 def train(args):
     """Trains a model and returns its run's folder; BadInput before anything is created."""
     checkpoint, step, drawn, updates, result = None, 0, 0, 0, {}
-    if args.resume:
+    if args.resume is not None:
         asked, run_dir = args, Path(args.resume)
         args = load_args(run_dir)
-        check_same_settings(asked, args)
         try:
             checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
             step, drawn, updates, result = (checkpoint[name] for name in ("step", "drawn", "updates", "result"))
         except Exception as error:
             raise BadInput(f"cannot read {run_dir / 'checkpoint.pt'}: {type(error).__name__}") from None
+        if step >= args.total_timesteps and (run_dir / "evaluation.json").exists():
+            raise BadInput(f"{run_dir} is complete: to train on, raise total_timesteps in its args.json")
+        check_same_settings(asked, args)
     if args.dataset and args.env_id == "addition":
         args = dataclasses.replace(args, env_id=re.sub(r"\W+", "-", Path(args.dataset).stem))
     check_args(args)
+    if args.track:
+        import wandb
+
+        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+            raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
     if args.reward_fn:
         load_function(args.reward_fn)
     device = start_processes(args)
@@ -1002,8 +1011,6 @@ def train(args):
                 write_atomically(run_dir / name, "".join(lines).encode())
             files[name] = (run_dir / name).open("a")
         if args.track:
-            import wandb
-
             settings = dict(config=dataclasses.asdict(args), dir=run_dir, id=run_dir.name, name=run_dir.name)
             wandb.init(project=args.wandb_project, resume="allow", sync_tensorboard=True, **settings)
         writer = SummaryWriter(run_dir, purge_step=step + 1)
@@ -1169,7 +1176,9 @@ def request_stop(number, _):
 
 def main(args):
     """Trains a model, or evaluates that of an earlier run."""
-    if not args.evaluate:
+    if args.resume is not None and args.evaluate is not None:
+        raise BadInput("--resume and --evaluate exclude each other: pass one of them")
+    if args.evaluate is None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, request_stop)
         return train(args)

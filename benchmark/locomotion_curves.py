@@ -17,6 +17,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from run import HARMLESS, RUNNERS
 
 METRICS = {
     "charts/mean_return_100": "return, last 100 episodes",
@@ -30,10 +31,7 @@ METRICS = {
     "ratio/out_of_bounds": "ratios out of bounds",
     "charts/std": "standard deviation of actions",
 }
-SAME_LEARNING = (
-    "seed total_timesteps device compile output_dir checkpoint_interval eval_episodes resume evaluate "
-    "capture_video track wandb_project"
-).split()  # settings that do not tell groups of runs apart
+SAME_LEARNING = (*RUNNERS, *HARMLESS, "total_timesteps", "eval_episodes")  # do not tell groups of runs apart
 
 
 @dataclass

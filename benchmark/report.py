@@ -24,10 +24,12 @@ import matplotlib
 import numpy as np
 import tyro
 from rliable import library, metrics
+from run import HARMLESS, RUNNERS
 
 WINDOW = 100  # episodes
 DRAWS = 2000  # of a bootstrap
 MANY = 6  # groups of a task, above which curves could not be told apart
+SAME_GROUP = {*RUNNERS, *HARMLESS, "eval_episodes"}  # settings in which runs of a group may differ
 PUBLISHED = Path(__file__).resolve().parent / "published.csv"
 
 
@@ -62,11 +64,13 @@ def read_run(folder):
         about = json.loads((folder / "args.json").read_text())
         episodes = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: {error}") from None
+        if (folder / "model").exists():
+            raise ValueError("a language model's run, for report_llm.py") from None
+        raise ValueError(error) from None
     if not (folder / "agent.pt").exists():
-        raise ValueError(f"{folder}: the run is not finished")
+        raise ValueError("the run is not finished")
     if len(episodes) == 0 or episodes.shape[1] != 3 or not np.isfinite(episodes).all():
-        raise ValueError(f"{folder}: episodes.csv is damaged")
+        raise ValueError("episodes.csv is damaged")
     return about, episodes[:, 0], episodes[:, 1]
 
 
@@ -74,6 +78,8 @@ def summarise(folder):
     """Figures of a run besides its curve: means of logged metrics over the iterations, and the final evaluation."""
     with (folder / "metrics.csv").open() as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    if not rows:
+        raise ValueError("metrics.csv is empty")
     evaluation = json.loads((folder / "evaluation.json").read_text())
     means = {name: np.mean([row[name] for row in rows]) for name in ("ratio/out_of_bounds", "losses/kl")}
     bounds = [row["theory/improvement_bound"] > 0 for row in rows if "theory/improvement_bound" in row]
@@ -150,6 +156,11 @@ def variant(folder, about):
     return name.removesuffix(end) if name.endswith(end) else None
 
 
+def differ(args, others, name):
+    """Whether two runs' settings differ in this one, which both have and which matters."""
+    return name not in SAME_GROUP and args[name] != others.get(name, args[name])
+
+
 def label_runs(folders, runs):
     """A name per run: its variant in a suite; else its script, and the flags in which runs of that script differ."""
     labels = []
@@ -158,12 +169,7 @@ def label_runs(folders, runs):
             labels.append(name)
             continue
         peers = [other["args"] for other in runs if other["script"] == about["script"]]
-        ignored = "seed env_id output_dir compile checkpoint_interval eval_episodes capture_video track".split()
-        differing = [
-            k
-            for k in about["args"]
-            if k not in ignored and any(p.get(k, about["args"][k]) != about["args"][k] for p in peers)
-        ]
+        differing = [k for k in about["args"] if any(differ(about["args"], p, k) for p in peers)]
         name = about["script"].split("_")[0].upper()
         labels.append(" ".join([name, *(f"{k}={about['args'][k]}" for k in differing)]))
     return labels
@@ -212,6 +218,10 @@ def find_folders(paths):
 
 
 def main(args):
+    if args.interval < 1 or args.output.is_file():
+        wrong = "--interval must be at least 1" if args.interval < 1 else f"--output {args.output} is a file"
+        print(f"error: {wrong}", file=sys.stderr)
+        sys.exit(2)
     matplotlib.use("Agg")
     np.random.seed(0)  # rliable draws from this generator, whatever random_state it is given
     import matplotlib.pyplot as plt
@@ -229,7 +239,7 @@ def main(args):
             (about, steps, returns), summary = read_run(folder), summarise(folder)
             grid = np.arange(args.interval, about["args"]["total_timesteps"] + 1, args.interval)
             if len(grid) == 0 or steps[0] > grid[-1]:
-                raise ValueError(f"{folder}: no episode had ended by a point of the curve: see --interval")
+                raise ValueError("no episode had ended by a point of the curve: see --interval")
             commit = about.get("commit", "")
             made_by = about["script"], commit[:12] + "-dirty" * commit.endswith("-dirty")
             run = Run(
@@ -237,13 +247,22 @@ def main(args):
             )
             new.append((folder, about, run))
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            print(f"skipped {error}", file=sys.stderr)
+            missing = isinstance(error, KeyError)
+            print(f"skipped {folder}: {'it has no ' * missing}{error}", file=sys.stderr)
     if found and (other := next((folder for folder, about, _ in new if variant(folder, about) is None), None)):
         print(f"error: {other} is not of a suite: give it and the runs it belongs with, no report", file=sys.stderr)
         sys.exit(2)
-    for label, (_, _, run) in zip(label_runs([x[0] for x in new], [x[1] for x in new]), new):
+    settings = {}  # of the first run of each group
+    for label, (folder, about, run) in zip(label_runs([x[0] for x in new], [x[1] for x in new]), new):
         run.group = label
         found.append(run)
+        first = settings.setdefault((run.task, label), about["args"])
+        if other := [x for x in about["args"] if x != "total_timesteps" and differ(about["args"], first, x)]:
+            print(
+                f"error: {folder} has other settings ({', '.join(other)}) than another {label}: make a report of each",
+                file=sys.stderr,
+            )
+            sys.exit(2)
     if not found:
         print("error: no finished run among the folders given", file=sys.stderr)
         sys.exit(2)
@@ -300,8 +319,9 @@ def main(args):
                 figures = last.mean(), low[0], high[0], iqm, iqm_low, iqm_high, last.std(ddof=1)
                 cells = "{} | {} to {} | {} | {} to {} | {}".format(*(f"{x:.{digits}f}" for x in figures))
             table.append(f"| {task} | {label} | {len(last)} | {end} | {cells} | {each} |")
-            if (at := published.get((task, algorithms[label], str(end)))) is not None:
-                converged = published.get((task, algorithms[label], "end"), "-")
+            theirs = task.replace("NoFrameskip-v4", "-v5"), algorithms[label]
+            if (at := published.get((*theirs, str(end)))) is not None:
+                converged = published.get((*theirs, "end"), "-")
                 beside.append(f"| {task} | {label} | {end} | {last.mean():.{digits}f} | {at} | {converged} |")
             if label != baseline and len(last) > 1 and len(ends[task].get(baseline, ())) > 1:
                 difference = difference_of_means(last, ends[task][baseline], rng)

@@ -15,6 +15,9 @@ from typing import Annotated
 import matplotlib
 import numpy as np
 import tyro
+from run import HARMLESS
+
+SAME_GROUP = {"seed", "output_dir", "resume", "evaluate", *HARMLESS}  # settings in which runs of a group may differ
 
 
 @dataclass
@@ -32,14 +35,14 @@ def read_csv(path):
 
 
 def read_run(folder):
-    """Group, seed, evaluations and metrics of a run; ValueError if it is not finished."""
+    """Group, settings, evaluations and metrics of a run; ValueError if it is not finished."""
     if not (folder / "evaluation.json").exists():
         raise ValueError("the run is not finished")
     about = json.loads((folder / "args.json").read_text())
     args, name = about["args"], about["script"].split("_")[0]
     epochs = f"{args['update_epochs']} epoch" + "s" * (args["update_epochs"] > 1)
     group = f"{args.get('objective', name).upper().replace('_', ' ')} ({args['clip_coef']}, {epochs})"
-    return group, args["seed"], read_csv(folder / "evaluations.csv"), read_csv(folder / "metrics.csv")
+    return group, args, read_csv(folder / "evaluations.csv"), read_csv(folder / "metrics.csv")
 
 
 def interval_of_mean(values, rng):
@@ -52,15 +55,23 @@ def main(args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = {}
+    groups, settings = {}, {}
     for folder in args.runs:
         try:
-            group, seed, *tables = read_run(folder)
+            group, own, *tables = read_run(folder)
+            seed, first = own["seed"], settings.setdefault(group, own)
         except (OSError, ValueError, KeyError, IndexError) as error:
             print(f"skipped {folder}: {error}", file=sys.stderr)
             continue
         if seed in groups.setdefault(group, {}):
-            sys.exit(f"error: two runs of {group} with seed {seed}: leave one out")
+            print(f"error: two runs of {group} with seed {seed}: leave one out", file=sys.stderr)
+            sys.exit(2)
+        if other := [x for x in own if x not in SAME_GROUP and own[x] != first.get(x, own[x])]:
+            print(
+                f"error: {folder} has other settings ({', '.join(other)}) than another {group}: make a report of each",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         groups[group][seed] = tables
     if not groups:
         print("error: no finished run among the folders given", file=sys.stderr)

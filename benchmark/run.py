@@ -29,6 +29,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SUITE_KEYS = dict(script=(str,), tasks=(list,), seeds=(int, list), total_timesteps=(int,), flags=(dict,))
 SUITE_KEYS |= dict(task_flags=(dict,), variants=(list,))
 VARIANT_KEYS = dict(name=(str,), script=(str,), flags=(dict,), task_flags=(dict,))
+# Imported by the reports as well:
 RUNNERS = ("env_id", "seed", "output_dir", "resume", "evaluate")  # flags that the runner sets
 STATES = ("waiting", "running", "elsewhere", "complete", "failed")
 HARMLESS = (
@@ -370,7 +372,10 @@ def read_suite(args):
         raise BadInput(f"--name takes letters, digits and _.+=- and not {args.name!r}")
     suite = {"tasks": list(args.tasks), "seeds": 3 if args.seeds is None else args.seeds, "variants": []}
     suite |= {"total_timesteps": args.total_timesteps} if args.total_timesteps is not None else {}
-    choices = [[(name, value) for value in values.split(",")] for name, values in map(split_option, args.flags)]
+    named = [split_option(text) for text in args.flags]
+    if twice := next((name for name, count in Counter(name for name, _ in named).items() if count > 1), None):
+        raise BadInput(f"--flags gives {twice} more than once: write {twice}=value,value")
+    choices = [[(name, value) for value in values.split(",")] for name, values in named]
     for script, *chosen in itertools.product(args.scripts, *choices):
         label = "+".join([Path(script).stem, *(f"{name}={value}" for name, value in chosen)])
         flags = {name: {"true": True, "false": False}.get(value, value) for name, value in chosen}
@@ -455,6 +460,8 @@ def main(args):
     """Runs the sweep or prints its commands; returns the exit status."""
     if args.workers < 1:
         raise BadInput(f"--workers must be at least 1, got {args.workers}")
+    if args.cluster_options and not args.cluster:
+        raise BadInput("--cluster-options needs --cluster")
     suite, suite_name = read_suite(args)
     # In a process of its own: the scripts' libraries would leave threads behind, and Linux sends the signal that
     # tie_to_runner asks for when each of the runner's threads dies, but the second SIGTERM ends a script unsaved.
@@ -473,6 +480,10 @@ def main(args):
         print("\n".join(shlex.join(run.command()) for run in todo))
         print(about, file=sys.stderr)
         return 0
+    try:
+        (args.output_dir / suite_name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot make {args.output_dir / suite_name}: {error.strerror}") from None
     print(f"{suite_name}: {about}; {args.output_dir / suite_name}", flush=True)
     jobs = submit(todo, suite_name, args) if args.cluster and todo else []
     signals, passed_on = [], 0

@@ -112,7 +112,7 @@ def test_report_of_a_suite_compares_its_variants(tmp_path):
         for seed, value in enumerate(returns, 1):
             script = {"mine": "bpo_x", "base": "ppo_x"}[variant]
             name = f"{variant}__{task.replace('/', '-')}__{seed}"
-            args = dict(env_id=task, seed=seed, total_timesteps=1_000_000, clip_coef=seed / 10)
+            args = dict(env_id=task, seed=seed, total_timesteps=1_000_000)
             make_run(tmp_path / "suite" / name / f"run{seed}", script, f"5,{value},5\n", **args)
     done = run_report(tmp_path / "suite", "--output", tmp_path / "out", "--interval", "500000")
     assert (done.returncode, done.stderr) == (0, "")
@@ -192,6 +192,17 @@ def test_runs_whose_other_settings_are_unknown_cannot_be_added_to_a_report(tmp_p
     assert not (tmp_path / "both").exists()
 
 
+def test_runs_of_one_variant_with_other_settings_are_not_pooled(tmp_path):
+    """As where two suites have a variant of the same name. What does not change learning may differ."""
+    make_run(tmp_path / "one" / "bpo__Task-v0__1" / "run", device="cpu", gamma=0.9)
+    make_run(tmp_path / "two" / "bpo__Task-v0__2" / "run", seed=2, device="cuda", eval_episodes=3)  # older: no gamma
+    assert run_report(tmp_path, "--output", tmp_path / "out").returncode == 0
+    make_run(tmp_path / "three" / "bpo__Task-v0__3" / "run", seed=3, clip_coef=0.9)
+    done = run_report(tmp_path / "one", tmp_path / "two", tmp_path / "three", "--output", tmp_path / "new")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "new").exists()
+    assert "run has other settings (clip_coef) than another bpo" in done.stderr
+
+
 def test_runs_of_uncommitted_code_are_marked(tmp_path):
     run = make_run(tmp_path / "a")
     about = json.loads((run / "args.json").read_text())
@@ -205,6 +216,14 @@ def test_published_figures_are_complete():
     assert published["Ant-v4", "bpo", "end"] == "4871.4" and published["Swimmer-v4", "ppo", "1000000"] == "298"
 
 
+def test_a_game_has_the_papers_figures_under_both_of_its_names(tmp_path):
+    for name in ("Breakout-v5", "BreakoutNoFrameskip-v4"):
+        make_run(tmp_path / f"mine__{name}__1" / "run", "bpo_x", "5,3,5\n", env_id=name, total_timesteps=1_000_000)
+    done = run_report(tmp_path, "--output", tmp_path / "out", "--interval", "500000")
+    found = [line.split(" | ")[4] for line in done.stdout.splitlines() if line.startswith("| Breakout")][-2:]
+    assert found == ["24", "24"]
+
+
 def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
     make_run(tmp_path / "a", seed=2, rows="10,5,10\n100,7,90\n")
     make_run(tmp_path / "b", seed=1)
@@ -214,11 +233,13 @@ def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
     make_run(tmp_path / "short", seed=6, total_timesteps=49)
     make_run(tmp_path / "late", seed=7, rows="101,5,101\n")
     (make_run(tmp_path / "unfinished", seed=5) / "agent.pt").unlink()
+    for name, text in (("no column", "step\n50\n"), ("empty", "")):
+        (make_run(tmp_path / name, seed=8) / "metrics.csv").write_text(text)
     done = run_report(*sorted(x for x in tmp_path.iterdir()), tmp_path / "missing", "--output", tmp_path / "out")
     assert done.returncode == 0
     skipped = [line for line in done.stderr.splitlines() if line.startswith("skipped")]
-    names = ("half", "nan", "unfinished", "missing", "short", "late")
-    assert [sum(f"/{name}" in line for line in skipped) for name in names] == [1] * 6
+    names = ("half", "nan", "unfinished", "missing", "short", "late", "no column: it has no 'ratio", "empty")
+    assert [sum(f"/{name}" in line for line in skipped) for name in names] == [1] * 8
     rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
     assert rows[1:5] == [
         "Task-v0,BPO clip_coef=0.3,1,50,1",
@@ -235,7 +256,13 @@ def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
 def test_bad_input_is_one_line_and_creates_nothing(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b")
-    for folders in ([tmp_path / "a", tmp_path / "b"], []):
-        done = run_report(*folders, "--output", tmp_path / "out")
+    (tmp_path / "file").touch()
+    for words in (
+        [tmp_path / "a", tmp_path / "b"],
+        [],
+        [tmp_path / "a", "--interval", 0],
+        [tmp_path / "a", "--output", tmp_path / "file"],
+    ):
+        done = run_report("--output", tmp_path / "out", *words)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert not (tmp_path / "out").exists()

@@ -37,6 +37,15 @@ def test_report_gives_means_intervals_and_each_seed(tmp_path):
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
 
 
+def test_runs_with_other_settings_are_not_pooled(tmp_path):
+    runs = [make_run(tmp_path / "a", "gbpo_llm", 1, 0.6, 2.0, learning_rate=1e-3)]
+    runs += [make_run(tmp_path / "b", "gbpo_llm", 2, 0.6, 2.0, learning_rate=1e-4)]
+    command = [sys.executable, str(SCRIPT), *runs, "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "out").exists() and done.stderr.count("\n") == 1
+    assert "b has other settings (learning_rate) than another GBPO (0.5, 10 epochs)" in done.stderr
+
+
 def test_no_finished_run_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path)])
     try:

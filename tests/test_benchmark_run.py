@@ -400,11 +400,14 @@ def test_other_bad_input(stub, tmp_path, monkeypatch, capsys):
         ([], "at least one task"),
         ([suite, "--workers", 0], "--workers must be at least 1"),
         (["--tasks", "a", "--flags", "rate"], "options are written name=value"),
+        (["--tasks", "a", "--flags", "rate=1", "rate=2"], "--flags gives rate more than once: write rate=value,value"),
         (["--tasks", "a", "--name", "../x"], "--name takes"),
+        ([suite, "--cluster-options", "hours=3"], "--cluster-options needs --cluster"),
+        ([suite, "--output-dir", "/dev/null/runs"], "cannot make /dev/null/runs/good: Not a directory"),
         ([suite, "--cluster", "local", "--cluster-options", "hours=3"], "submitit: "),
         ([suite, "--cluster", "slurm"], "submitit: "),
     ):
-        status, _, errors = here([*options, "--output-dir", tmp_path / "runs"], monkeypatch, capsys)
+        status, _, errors = here(["--output-dir", tmp_path / "runs", *options], monkeypatch, capsys)
         assert status == 2 and len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
         assert not list(tmp_path.glob("runs/*/*__*"))
 
