@@ -258,9 +258,11 @@ def test_a_finished_run_is_resumed_without_another_evaluation(run, tmp_path):
         assert (copy / name).read_bytes() == (run / name).read_bytes(), name
 
 
-def test_resume_takes_no_other_settings(run):
+def test_resume_takes_no_other_settings(run, tmp_path):
+    shutil.copytree(run, incomplete := tmp_path / "run")
+    (incomplete / "evaluation.json").unlink()
     with pytest.raises(gbpo.BadInput, match="leave out --learning-rate"):
-        gbpo.train(gbpo.Args(resume=str(run), learning_rate=1.0))
+        gbpo.train(gbpo.Args(resume=str(incomplete), learning_rate=1.0))
     with pytest.raises(grpo.BadInput, match="made by gbpo_llm"):
         grpo.train(grpo.Args(resume=str(run)))
 
@@ -494,10 +496,14 @@ def test_processes_start_from_the_same_built_in_model(tmp_path):
         (["--group-size", "1"], "--group-size must be at least 2"),
         (["--model", "/no/such"], "cannot load --model /no/such"),
     ]
-    + [(["--dataset", "missing.json"], "cannot read missing.json"), (["--reward-fn", "nowhere:f"], "--reward-fn")]
+    + [(["--eval-dataset", "missing.json"], "cannot read missing.json"), (["--reward-fn", "nowhere:f"], "--reward-fn")]
     + [(["--chat-template"], "the built-in model has no chat template")]
     + [(["--resume", "nowhere"], "pass the folder of a run"), (["--evaluate", "nowhere"], "pass the folder of a run")]
-    + [(["--output-dir", "/proc/none"], "choose another --output-dir"), (["--dataset", "empty.json"], "no usable row")],
+    + [
+        (["--output-dir", "/proc/none"], "choose another --output-dir"),
+        (["--eval-dataset", "empty.json"], "no usable row"),
+    ]
+    + [(["--dataset", "empty.json"], "--dataset needs --model")],
 )
 def test_bad_input_is_one_line_and_status_2(script, arguments, part, monkeypatch, capsys, tmp_path):
     (tmp_path / "empty.json").write_text("[]")
