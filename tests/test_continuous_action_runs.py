@@ -579,6 +579,7 @@ BAD_BPO_VALUES = dict(ratio_low=[1.0, 1.2, -0.1, NAN], ratio_high=[1.0, 0.9, INF
 BAD_BPO_VALUES |= dict(median_temperature=[0.0, NAN], median_coef=[-1.0, NAN], tv_coef=[-1.0, NAN])
 BAD_INPUT = [(script, *case) for script in (bpo, ppo) for case in BAD_TASKS]
 BAD_INPUT += [(bpo, {"divergence": "kl", "clip_coef": 1.0}, "--divergence must be atv or tv")]
+BAD_INPUT += [(bpo, {"divergence": "tv", "tv_coef": 0.1}, "--tv-coef must be 0 unless --divergence is atv")]
 for scripts, table in ((BOTH.values(), BAD_VALUES), ([bpo], BAD_BPO_VALUES)):
     for name, values in table.items():
         word = "bounds" if name.startswith("ratio") else f"--{name.replace('_', '-')} must be|bounds"
