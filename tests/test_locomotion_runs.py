@@ -784,6 +784,7 @@ def test_a_run_of_another_device_can_be_evaluated_but_not_resumed(script, tiny_r
 @SCRIPTS
 def test_a_run_of_the_cpu_goes_on_there_though_there_is_a_gpu(script, tiny_runs, tmp_path, monkeypatch):
     run_dir = shutil.copytree(tiny_runs[script], tmp_path / "run")
+    (run_dir / "evaluation.json").unlink()  # as if it had been killed before
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert script.find_device(script.Args()).type == "cuda"
     assert script.train(script.Args(resume=str(run_dir))) == str(run_dir)
