@@ -591,6 +591,8 @@ def train(args):
             run_dir = make_run_dir(args)
             (run_dir / "episodes.csv").write_text("step,return,length\n")
             (run_dir / "metrics.csv").touch()
+        for name in ("agent.pt", "evaluation.json"):  # of a run that was complete, and goes on
+            (run_dir / name).unlink(missing_ok=True)
         if args.track:
             settings = dict(config=dataclasses.asdict(args), dir=run_dir, id=run_dir.name, name=run_dir.name)
             wandb.init(project=args.wandb_project, resume="allow", sync_tensorboard=True, **settings)

@@ -142,7 +142,7 @@ class Args:
     vllm_memory: float = 0.4
     """fraction of the device's memory that vLLM may take"""
     generation_batch_size: int = 1024
-    """completions sampled at a time"""
+    """completions sampled at a time, but at least all of one prompt"""
     micro_batch_tokens: int = 16_384
     """tokens per forward and backward pass, padding included: lower it when memory runs out"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -239,10 +239,10 @@ def read_rows(source):
         raise BadInput(f"cannot read {source}: {str(getattr(error, 'strerror', None) or error)[:200]}") from None
 
 
-def usable_problems(rows, source, args, tokenizer):
+def usable_problems(rows, source, args, tokenizer, answers=True):
     """Problems (dicts): the source's rows, with the prompt's tokens and the answer's number.
 
-    Bad rows are named, counted and left out; BadInput if none is left.
+    Bad rows are named, counted and left out; BadInput if none is left. answers: whether a row needs one.
     """
     problems, bad = [], []
     for i, row in enumerate(rows if isinstance(rows, list) else []):
@@ -250,7 +250,9 @@ def usable_problems(rows, source, args, tokenizer):
         number = parse_number(str(row.get("answer"))) if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt:
             bad.append(f"row {i} has no prompt")
-        elif number is None and not args.reward_fn:
+        elif re.search("[\ud800-\udfff]", prompt):
+            bad.append(f"row {i} has half a character in its prompt")
+        elif number is None and answers and not args.reward_fn:
             bad.append(f"row {i} has no number as its answer")
         elif len(ids := encode(prompt, args, tokenizer)) > args.max_prompt_length:
             bad.append(f"row {i} has a prompt of {len(ids)} tokens")
@@ -283,12 +285,16 @@ def addition_rows():
 def make_problems(args, tokenizer):
     """Problems to train on and held-out ones: two lists."""
     if args.dataset:
-        problems = held_out = usable_problems(read_rows(args.dataset), args.dataset, args, tokenizer)
+        labelled = args.reward != "majority"  # whose votes need no answers
+        problems = usable_problems(read_rows(args.dataset), args.dataset, args, tokenizer, answers=labelled)
+        held_out = [x for x in problems if x["number"] is not None or args.reward_fn]
     else:
         rows, source = addition_rows(), "the built-in task"
         problems, held_out = (usable_problems(x, source, args, tokenizer) for x in (rows[500:], rows[:500]))
     if args.eval_dataset:
         held_out = usable_problems(read_rows(args.eval_dataset), args.eval_dataset, args, tokenizer)
+    if not held_out:
+        raise BadInput(f"{args.dataset} has no answers to evaluate with: pass --eval-dataset")
     if args.fsdp and args.generator == "vllm" and min(len(held_out), args.eval_problems) < WORLD_SIZE:
         raise BadInput(f"--fsdp --generator vllm needs a held-out problem for each of the {WORLD_SIZE} processes")
     return problems, held_out
@@ -347,7 +353,8 @@ def true_rewards(problems, texts, args):
     """Rewards [P, G] of P groups of G texts, by --reward-fn or the true answers, and no statistics."""
     if args.reward_fn:
         each = [problem for problem, group in zip(problems, texts) for _ in group]
-        names = dict.fromkeys(name for problem in problems for name in problem["row"] if name != "prompt")
+        given = ("prompt", "prompts", "completions")
+        names = dict.fromkeys(name for problem in problems for name in problem["row"] if name not in given)
         columns = {name: [problem["row"].get(name) for problem in each] for name in names}
         flat = [text for group in texts for text in group]
         rewards = load_function(args.reward_fn)(prompts=[x["prompt"] for x in each], completions=flat, **columns)
@@ -369,14 +376,16 @@ def majority_vote(keys):
 
 
 def majority_rewards(problems, texts, args):
-    """TTRL: 1 for the label that most of a group's votes gave: rewards [P, V], and statistics against the truth [P]."""
+    """TTRL: 1 for the label that most of a group's votes gave: rewards [P, V], and statistics against the truth [P],
+    NaN where it is not known."""
     keys = [[extract_answer(text, args.reward) for text in group] for group in texts]
     labels = [majority_vote(group) for group in keys]
     rewards = torch.tensor([[k is not None and k == label for k in x] for x, label in zip(keys, labels)]).double()
+    known = torch.tensor([math.nan if p["number"] is None else 1.0 for p in problems]).double()
     stats = {
-        "ttrl/label_accuracy": torch.tensor([a == p["number"] for a, p in zip(labels, problems)]).double(),
+        "ttrl/label_accuracy": known * torch.tensor([a == p["number"] for a, p in zip(labels, problems)]),
         "ttrl/majority_ratio": rewards.mean(1),
-        "ttrl/ground_truth_ratio": true_rewards(problems, texts, args)[0].mean(1),
+        "ttrl/ground_truth_ratio": known * true_rewards(problems, texts, args)[0].mean(1),
     }
     return rewards, stats
 
@@ -391,11 +400,16 @@ def make_model(args, device):
     if args.model:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                args.model, dtype=getattr(torch, args.dtype), trust_remote_code=False
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                args.model, dtype=getattr(torch, args.dtype), trust_remote_code=False, output_loading_info=True
             )
         except Exception as error:  # a missing folder, no network, no weights, an unknown architecture: many kinds
             raise BadInput(f"cannot load --model {args.model}: {str(error).splitlines()[0][:200]}") from None
+        if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+            raise BadInput(f"--model {args.model} is no whole language model: it has no weights for {missing[0]}")
+        with torch.no_grad():
+            if not hasattr(model(torch.tensor([[0]]), use_cache=True), "past_key_values"):
+                raise BadInput(f"--model {args.model} keeps no key-value cache, which sampling needs")
         if tokenizer.eos_token_id is None:
             raise BadInput(f"the tokenizer of {args.model} has no end-of-sequence token")
     else:
@@ -523,7 +537,8 @@ def generate(model, prompts, uniforms, stop_ids, temperature, top_p, batch_size)
             batch["ids"], attention_mask=mask, position_ids=positions(mask), use_cache=True, logits_to_keep=1
         )
         cache, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(copies, 0)
-        cache.batch_repeat_interleave(copies)  # each prompt is read once
+        # Each prompt is read once. Only this way of repeating works for states of convolutions, too.
+        cache.reorder_cache(torch.arange(len(part), device=device).repeat_interleave(copies))
         mask, noise = mask.repeat_interleave(copies, 0), uniforms[start : start + count].flatten(0, 1).to(device)
         tokens = torch.full(noise.shape, -1, device=device)
         rows = torch.arange(len(noise), device=device)  # completions that go on
@@ -533,7 +548,7 @@ def generate(model, prompts, uniforms, stop_ids, temperature, top_p, batch_size)
             if not going.all():
                 going = going.nonzero().squeeze(1)
                 rows, new, mask = rows[going], new[going], mask[going]
-                cache.batch_select_indices(going)
+                cache.reorder_cache(going)
             if len(rows) == 0 or t == limit - 1:
                 break
             mask = nn.functional.pad(mask, (0, 1), value=1)
@@ -997,6 +1012,8 @@ def train(args):
     kept = f"go on with: python {SCRIPT}.py --resume {run_dir}"
 
     if RANK == 0:
+        (run_dir / "evaluation.json").unlink(missing_ok=True)  # of a run that was complete, and goes on
+        shutil.rmtree(run_dir / "model", ignore_errors=True)
         headers = {"episodes.csv": "step,return,length\n", "metrics.csv": "", "completions.jsonl": ""}
         headers["evaluations.csv"] = f"step,pass@1,maj@{args.eval_samples},mean_length,clipped_ratio\n"
         files = {}
@@ -1110,7 +1127,7 @@ def train(args):
             "frac_reward_zero_std": (trained.amax(1) == trained.amin(1)).double().mean().item(),
             "completions/mean_length": lengths.mean().item(),
             "completions/max_length": lengths.max().item(),
-            **{name: x.mean().item() for name, x in stats.items()},
+            **{name: x.nanmean().item() for name, x in stats.items()},
             **ratio_statistics(ratios, *ratio_bounds(args)),
             "ratio/max": ratios.max().item(),
             "ratio/min": ratios.min().item(),
@@ -1120,7 +1137,7 @@ def train(args):
             "time/update": seconds - (update_start - rollout_start),
         }
         for name, value in metrics.items():
-            if not math.isfinite(value):
+            if not math.isfinite(value) and not name.startswith("ttrl/"):
                 raise SystemExit(f"error: {name} is {value} at step {step}; {kept}")
         if RANK == 0:
             for reward, length in zip(rewards.flatten().tolist(), lengths.flatten().tolist()):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -447,6 +448,42 @@ def test_generation_with_a_cache_equals_generation_without(tiny, temperature, to
         assert gbpo.generate(model, PROMPTS, uniforms, stop, temperature, top_p, batch_size) == expected
 
 
+@pytest.mark.parametrize("kind", ["lfm2", "qwen3_5_text"])
+def test_generation_carries_the_states_of_convolutions_and_linear_attention(kind):
+    sizes = dict(vocab_size=20, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(num_key_value_heads=2, initializer_range=0.5, pad_token_id=0, eos_token_id=1)
+    if kind == "lfm2":
+        sizes |= dict(layer_types=["conv", "full_attention"])
+    else:
+        sizes |= dict(layer_types=["linear_attention", "full_attention"], head_dim=16, linear_num_value_heads=2)
+        sizes |= dict(linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    prompts, uniforms = [[5, 6, 12, 7], [9, 12]], torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(1))
+    expected = [literal_generation(model, p, x, 1.0, 1.0, [1, 7]) for p, group in zip(prompts, uniforms) for x in group]
+    assert len({len(x) for x in expected}) > 1
+    assert gbpo.generate(model, prompts, uniforms, [1, 7], 1.0, 1.0, 100) == expected
+
+
+@SCRIPTS
+def test_a_model_that_cannot_be_trained_is_bad_input(script, tiny, tmp_path):
+    """Without a head, which transformers would draw at random; without a key-value cache."""
+    config = transformers.Qwen2Config(
+        vocab_size=14, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    mamba = transformers.MambaConfig(vocab_size=14, hidden_size=8, num_hidden_layers=1)
+    for name, model, words in (
+        ("headless", transformers.Qwen2Model(config), "is no whole language model: it has no weights for lm_head"),
+        ("mamba", transformers.MambaForCausalLM(mamba), "keeps no key-value cache"),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tiny[1].save_pretrained(tmp_path / name)
+        with pytest.raises(script.BadInput, match=words):
+            script.make_model(script.Args(model=str(tmp_path / name)), torch.device("cpu"))
+
+
 def test_sampled_tokens_follow_the_probabilities():
     logits = torch.tensor([2.0, 0.0, 1.0, -50.0, 1.5]).expand(20_000, 5)
     uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
@@ -542,13 +579,27 @@ def test_majority_vote():
 
 
 def test_majority_rewards_and_their_accuracy():
-    problems = [{"number": Fraction(5)}, {"number": Fraction(7)}, {"number": Fraction(1)}]
-    texts = [["5", "\\boxed{5}", "4", "x"], ["8", "8", "7", "8"], ["?", "", "1/0", "\\boxed{}"]]
+    problems = [{"number": Fraction(5)}, {"number": Fraction(7)}, {"number": Fraction(1)}, {"number": None}]
+    texts = [["5", "\\boxed{5}", "4", "x"], ["8", "8", "7", "8"], ["?", "", "1/0", "\\boxed{}"], ["3", "?", "3", "3"]]
     rewards, stats = gbpo.majority_rewards(problems, texts, gbpo.Args(reward="majority"))
-    assert rewards.tolist() == [[1, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0]]
-    assert stats["ttrl/label_accuracy"].tolist() == [1, 0, 0]
-    assert stats["ttrl/majority_ratio"].tolist() == [0.5, 0.75, 0]
-    assert stats["ttrl/ground_truth_ratio"].tolist() == [0.5, 0.25, 0]
+    assert rewards.tolist() == [[1, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]]
+    assert stats["ttrl/label_accuracy"].tolist() == pytest.approx([1, 0, 0, math.nan], nan_ok=True)
+    assert stats["ttrl/majority_ratio"].tolist() == [0.5, 0.75, 0, 0.75]
+    assert stats["ttrl/ground_truth_ratio"].tolist() == pytest.approx([0.5, 0.25, 0, math.nan], nan_ok=True)
+
+
+@SCRIPTS
+def test_votes_need_no_answers_but_evaluations_do(script, tiny, tmp_path):
+    rows = [{"prompt": "1+1="}, {"prompt": "2+2=", "answer": "4"}, {"prompt": "3+\ud800=", "answer": "4"}]
+    args = script.Args(dataset=write_rows(tmp_path / "x.json", rows), reward="majority")
+    train, held_out = script.make_problems(args, tiny[1])
+    assert [x["row"] for x in train] == rows[:2] and [x["row"] for x in held_out] == rows[1:2]
+    assert len(script.make_problems(script.Args(dataset=args.dataset), tiny[1])[0]) == 1
+    args.dataset = write_rows(tmp_path / "y.json", rows[:1])
+    with pytest.raises(script.BadInput, match="y.json has no answers to evaluate with: pass --eval-dataset"):
+        script.make_problems(args, tiny[1])
+    args.eval_dataset = write_rows(tmp_path / "z.json", rows[1:2])
+    assert [len(x) for x in script.make_problems(args, tiny[1])] == [1, 1]
 
 
 @SCRIPTS
