@@ -161,6 +161,7 @@ def check_args(args):
         ("temperature median_temperature", lambda x: 0 < x < math.inf, "positive and finite"),
         ("value_coef ent_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
         ("median_coef tv_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
+        ("tv_coef", lambda x: x == 0 or args.divergence == "atv", "0 unless --divergence is atv"),
         ("divergence", lambda x: x != "kl" or ratio_bounds(args)[0] > 0, "atv or tv if the ratio's lower bound is 0"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "within [0, 1]"),
         ("seed", lambda x: 0 <= x < 2**31, "within [0, 2^31)"),
@@ -464,7 +465,10 @@ def write_atomically(path, content):
     """Writes bytes to a temporary file, then renames it, so that path never holds half a file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name without the content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -491,7 +491,10 @@ def write_atomically(path, content):
     """Writes bytes to a temporary file, then renames it, so that path never holds half a file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name without the content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -889,7 +889,10 @@ def write_atomically(path, content):
     """Writes bytes to a temporary file, then renames it, so that path never holds half a file."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name without the content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1055,7 +1058,10 @@ def train(args):
                 file.flush()
             writer.flush()
             state |= {"step": step, "drawn": drawn, "updates": updates, "result": result}
-            torch.save(state, run_dir / "checkpoint.pt.tmp")
+            with (run_dir / "checkpoint.pt.tmp").open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(run_dir / "checkpoint.pt.tmp", run_dir / "checkpoint.pt")
 
     def run_evaluation():

@@ -95,6 +95,7 @@ class Run:
     folder: Path
     script: Path
     settings: dict  # all of the script's settings
+    defaults: dict  # the script's
     words: list[str]  # the command's words after the script
     state: str = "waiting"  # one of STATES; elsewhere: another runner has it
     attempts: int = 0
@@ -123,7 +124,7 @@ class Run:
         for folder in self.folders("args.json", "checkpoint.pt"):
             about = json.loads((folder / "args.json").read_text())
             wanted = {"script": self.script.stem, **json.loads(json.dumps(self.settings))}
-            found = {**wanted, "script": about["script"], **about["args"]}
+            found = {**json.loads(json.dumps(self.defaults)), "script": about["script"], **about["args"]}
             differing = [f"{k}={found[k]}" for k in wanted if found[k] != wanted[k] and k not in RUNNERS + HARMLESS]
             if differing:
                 raise BadInput(f"{folder} has other settings ({', '.join(differing)}): move it or rename the sweep")
@@ -314,8 +315,8 @@ def plan(suite, name, output_dir):
         if script is None:
             raise BadInput(f"{name}: no script is given")
         label = variant.get("name", Path(script).stem)
-        if not re.fullmatch(r"[\w.,+=-]*\w[\w.,+=-]*", label):
-            raise BadInput(f"{name}: a variant's name takes letters, digits and _.,+=- and not {label!r}")
+        if not re.fullmatch(r"[\w.+=-]*\w[\w.+=-]*", label):
+            raise BadInput(f"{name}: a variant's name takes letters, digits and _.+=- and not {label!r}")
         task_tables = suite.get("task_flags", {}), variant.get("task_flags", {})
         for table in task_tables:
             check_table(table, dict.fromkeys(tasks, (dict,)), f"{name}, {label}: task_flags")
@@ -335,7 +336,8 @@ def plan(suite, name, output_dir):
                         raise BadInput(f"two runs have the name {run_name}")
                     folder = output_dir / name / run_name
                     start = words({"env_id": task, "seed": seed} | flags | {"output_dir": folder})
-                    run = Run(run_name, folder, ROOT / script, dataclasses.asdict(settings), start)
+                    defaults = dataclasses.asdict(load_script(script).Args())  # of flags younger than a run
+                    run = Run(run_name, folder, ROOT / script, dataclasses.asdict(settings), defaults, start)
                     run.check_settings()
                     runs[run_name] = run
             except ValueError as error:  # the script's own BadInput, too
@@ -404,10 +406,13 @@ class Board:
         return sum(n if x.state == "complete" else min(x.progress()[0], n) for x, n in runs)
 
     def say(self, text):
-        if self.drawn:
-            print(f"\x1b[{self.drawn}F\x1b[J", end="")  # back to the table's first line, and clear from there
-            self.drawn = 0
-        print(text, flush=True)
+        try:
+            if self.drawn:
+                print(f"\x1b[{self.drawn}F\x1b[J", end="")  # back to the table's first line, and clear from there
+                self.drawn = 0
+            print(text, flush=True)
+        except OSError:  # the terminal or the pipe is gone, but the runs must still be seen to
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def draw(self, last=False):
         if time.time() < self.next_time and not last:

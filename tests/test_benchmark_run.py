@@ -3,6 +3,7 @@
 Most tests sweep STUB, a script with the files and manners of the training scripts that starts in no time.
 """
 
+import fcntl
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
 import tomllib
 from pathlib import Path
@@ -435,6 +437,29 @@ def test_run_with_other_settings_is_neither_skipped_nor_resumed(stub, tmp_path, 
 
 
 # ------------------------------------------------------------------------------------------------ crashes and kills
+
+
+@NEEDS_PROC
+def test_runs_are_saved_when_the_terminal_is_closed(stub, tmp_path):
+    """A runner that died of its own output would leave its runs to a second signal, which ends them unsaved."""
+    out = tmp_path / "runs"
+    keys = GOOD | {"script": str(stub), "total_timesteps": 10_000, "flags": {"seconds": 1.0}}
+    suite = write_suite(tmp_path / "s.toml", **keys)
+    near, far = pty.openpty()
+    runner = start(suite, out, stdout=far, stderr=far, start_new_session=True, preexec_fn=lambda: claim(far))
+    os.close(far)
+    sweep = out / "s"
+    until(lambda: made(sweep) > 0)
+    os.close(near)
+    runner.wait(timeout=60)
+    until(lambda: not workers(sweep))
+    assert "stopped at step" in (sweep / "stub__a__1" / "log.txt").read_text()
+    assert list(sweep.glob("*/*/checkpoint.pt"))
+
+
+def claim(terminal):
+    """Makes the terminal that of this process, so that closing it sends SIGHUP."""
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
 
 def test_complete_runs_are_skipped(stub, tmp_path):
