@@ -38,7 +38,7 @@ class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """folders of finished runs, folders that hold such, and folders of earlier reports"""
     output: Path = Path("benchmark/results")
-    """folder for curves.csv, summary.csv, table.md and curves.png (groups.png if a task has many groups)"""
+    """folder for curves.csv, summary.csv, settings.json, table.md, and curves.png or, of many groups, groups.png"""
     baseline: str | None = None
     """the group that others are compared with; default: the one named default, else PPO's"""
     interval: int = 10_000
@@ -89,7 +89,10 @@ def summarise(folder):
 
 
 def read_report(folder, interval):
-    """The runs of an earlier report; ValueError if its points lie at other steps or its files do not fit."""
+    """The runs of an earlier report, and their settings by task and group, {} if it is of a time that kept none.
+
+    ValueError if its points lie at other steps or its files do not fit.
+    """
     points = {}
     with (folder / "curves.csv").open() as file:
         for row in csv.DictReader(file):
@@ -106,7 +109,8 @@ def read_report(folder, interval):
             runs.append(Run(task, group, int(seed), script, commit, np.array(returns, float), summary))
     if points:
         raise ValueError("curves.csv and summary.csv hold different runs")
-    return runs
+    settings = folder / "settings.json"
+    return runs, json.loads(settings.read_text()) if settings.exists() else {}
 
 
 def curve(steps, returns, grid):
@@ -226,11 +230,14 @@ def main(args):
     np.random.seed(0)  # rliable draws from this generator, whatever random_state it is given
     import matplotlib.pyplot as plt
 
-    found, new = [], []
+    found, new, settings = [], [], {}  # settings: task -> group -> those of its first run
     for folder in find_folders(args.runs):
         if (folder / "curves.csv").exists():  # is never skipped: --output may be the same folder
             try:
-                found += read_report(folder, args.interval)
+                earlier, theirs = read_report(folder, args.interval)
+                found += earlier
+                for task, groups in theirs.items():
+                    settings[task] = settings.get(task, {}) | groups
             except (OSError, ValueError, KeyError) as error:
                 print(f"error: no report to extend: {folder}: {error}", file=sys.stderr)
                 sys.exit(2)
@@ -252,14 +259,19 @@ def main(args):
     if found and (other := next((folder for folder, about, _ in new if variant(folder, about) is None), None)):
         print(f"error: {other} is not of a suite: give it and the runs it belongs with, no report", file=sys.stderr)
         sys.exit(2)
-    settings = {}  # of the first run of each group
     for label, (folder, about, run) in zip(label_runs([x[0] for x in new], [x[1] for x in new]), new):
         run.group = label
         found.append(run)
-        first = settings.setdefault((run.task, label), about["args"])
-        if other := [x for x in about["args"] if x != "total_timesteps" and differ(about["args"], first, x)]:
+        own = {name: x for name, x in about["args"].items() if name not in SAME_GROUP}
+        groups = settings.setdefault(run.task, {})
+        other = [x for x in own if x != "total_timesteps" and differ(own, groups.setdefault(label, own), x)]
+        beside = (own, *groups.values())
+        one_length = len({x["total_timesteps"] for x in beside}) == 1
+        if not one_length and any(x.get("lr_schedule") == "linear" for x in beside):
+            other.append("total_timesteps, on which the learning rate depends")
+        if other:
             print(
-                f"error: {folder} has other settings ({', '.join(other)}) than another {label}: make a report of each",
+                f"error: {folder} has other settings than other runs: {', '.join(other)}; make a report of each",
                 file=sys.stderr,
             )
             sys.exit(2)
@@ -299,6 +311,14 @@ def main(args):
     for axis, task in zip(axes[0], tasks):
         runs = {label: dict(sorted(group.items())) for label, group in sorted(groups[task].items())}
         length = min(len(run.points) for group in runs.values() for run in group.values())
+        late = [f"{x} {s}" for x, group in runs.items() for s, run in group.items() if np.isnan(run.points[length - 1])]
+        if late:
+            print(
+                f"error: {task}: no episode had ended by step {length * args.interval} in {', '.join(late)}: "
+                "the shortest run ends there, leave out one or the other",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         grid = args.interval * np.arange(1, length + 1)
         end = grid[-1]
         curves = {label: np.array([x.points[:length] for x in group.values()]) for label, group in runs.items()}
@@ -351,6 +371,7 @@ def main(args):
     plt.close(figure)
     (args.output / "curves.csv").write_text("\n".join(rows) + "\n")
     (args.output / "summary.csv").write_text("\n".join(summaries) + "\n")
+    (args.output / "settings.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
     (args.output / "table.md").write_text(text)
     print(text, end="")
 

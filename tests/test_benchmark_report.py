@@ -138,7 +138,13 @@ def test_many_groups_are_drawn_beside_each_other(tmp_path):
     for k in range(7):
         make_run(tmp_path / f"v{k}__Task-v0__1" / "run")
     assert run_report(tmp_path, "--output", tmp_path / "out").returncode == 0
-    assert {x.name for x in (tmp_path / "out").iterdir()} == {"curves.csv", "summary.csv", "table.md", "groups.png"}
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {
+        "curves.csv",
+        "summary.csv",
+        "settings.json",
+        "table.md",
+        "groups.png",
+    }
 
 
 def test_an_earlier_report_and_new_runs_make_the_report_of_all(tmp_path):
@@ -200,7 +206,30 @@ def test_runs_of_one_variant_with_other_settings_are_not_pooled(tmp_path):
     make_run(tmp_path / "three" / "bpo__Task-v0__3" / "run", seed=3, clip_coef=0.9)
     done = run_report(tmp_path / "one", tmp_path / "two", tmp_path / "three", "--output", tmp_path / "new")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "new").exists()
-    assert "run has other settings (clip_coef) than another bpo" in done.stderr
+    assert "run has other settings than other runs: clip_coef; make" in done.stderr
+    run_report(tmp_path / "one", tmp_path / "two", "--output", tmp_path / "first")
+    done = run_report(tmp_path / "first", tmp_path / "three", "--output", tmp_path / "new")
+    assert done.returncode == 2 and "other runs: clip_coef; make" in done.stderr and not (tmp_path / "new").exists()
+    (tmp_path / "first" / "settings.json").unlink()  # as in reports of earlier versions
+    assert run_report(tmp_path / "first", tmp_path / "three", "--output", tmp_path / "new").returncode == 0
+
+
+@pytest.mark.parametrize("schedule, status", [("linear", 2), ("constant", 0)])
+def test_lengths_may_differ_only_if_nothing_is_scheduled_over_them(schedule, status, tmp_path):
+    """A short run whose rate has fallen to 0 is not the first part of a long one."""
+    make_run(tmp_path / "bpo__Task-v0__1" / "run", lr_schedule=schedule)
+    make_run(tmp_path / "ppo__Task-v0__1" / "run", "ppo_x", lr_schedule=schedule, total_timesteps=200)
+    done = run_report(tmp_path, "--output", tmp_path / "out")
+    assert (done.returncode, (tmp_path / "out").exists()) == (status, status == 0)
+    assert ("other settings than other runs: total_timesteps, on which the" in done.stderr) == (status == 2)
+
+
+def test_a_run_without_an_episode_where_the_shortest_ends_is_named(tmp_path):
+    make_run(tmp_path / "bpo__Task-v0__1" / "run")
+    make_run(tmp_path / "ppo__Task-v0__7" / "run", "ppo_x", "150,5,150\n", seed=7, total_timesteps=200)
+    done = run_report(tmp_path, "--output", tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists() and done.stderr.count("\n") == 1
+    assert "no episode had ended by step 100 in ppo 7" in done.stderr
 
 
 def test_runs_of_uncommitted_code_are_marked(tmp_path):
