@@ -970,7 +970,7 @@ def train(args):
         asked, run_dir = args, Path(args.resume)
         args = load_args(run_dir)
         try:
-            checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+            checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True, mmap=True)  # read only where needed
             step, drawn, updates, result = (checkpoint[name] for name in ("step", "drawn", "updates", "result"))
         except Exception as error:
             raise BadInput(f"cannot read {run_dir / 'checkpoint.pt'}: {type(error).__name__}") from None
@@ -1008,10 +1008,10 @@ def train(args):
     if args.kl_coef:
         source, dtype = args.model or run_dir / "initial_model", getattr(torch, args.dtype)
         reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
-    if args.fsdp:
-        for layer in [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]:
+    for whole in [x for x in (model, reference) if x and args.fsdp]:
+        for layer in [x for x in whole.modules() if isinstance(x, GradientCheckpointingLayer)]:
             fully_shard(layer)
-        fully_shard(model)
+        fully_shard(whole)
     parameters = [x for x in model.parameters() if x.requires_grad]
     masters = [x.detach().float() for x in parameters]  # of a float32 model: the parameters themselves
     optimizer = torch.optim.AdamW(masters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -1051,8 +1051,11 @@ def train(args):
         writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in dataclasses.asdict(args).items()))
 
     def save_checkpoint():
-        state = {"parameters": masters, "optimizer": optimizer.state_dict()}
-        state = tree_map(lambda x: full(x).cpu() if isinstance(x, torch.Tensor) else x, state)
+        def gathered(x):  # by all processes, but one holds it
+            x = full(x)
+            return x if not isinstance(x, torch.Tensor) else x.cpu() if RANK == 0 else None
+
+        state = tree_map(gathered, {"parameters": masters, "optimizer": optimizer.state_dict()})
         if RANK == 0:
             for file in files.values():
                 file.flush()

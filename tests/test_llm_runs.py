@@ -27,7 +27,7 @@ import grpo_llm as grpo
 BOTH = {"gbpo": gbpo, "grpo": grpo}
 SCRIPTS = pytest.mark.parametrize("script", BOTH.values(), ids=BOTH)
 SHORT = dict(num_prompts=16, minibatch_prompts=8, group_size=4, eval_problems=40, eval_samples=2, eval_interval=2)
-SHORT |= dict(total_timesteps=256, warmup_accuracy=0.05, device="cpu")  # four iterations
+SHORT |= dict(total_timesteps=256, kl_coef=0.01, warmup_accuracy=0.05, device="cpu")  # 4 iterations
 
 
 @pytest.fixture(autouse=True)
