@@ -490,6 +490,7 @@ def test_resuming_restores_every_tensor(breakout, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "SummaryWriter", stop)
     with pytest.raises(Stop):
         script.train(script.Args(resume=str(run_dir), device="cpu"))
+    assert not (run_dir / "agent.pt").exists(), "the run would count as complete before it is"
     checkpoint = torch.load(run_dir / "checkpoint.pt")
     agent, optimizer = made["agent"].state_dict(), made["optimizer"].state_dict()
     assert agent.keys() == checkpoint["agent"].keys()

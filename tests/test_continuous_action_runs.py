@@ -512,8 +512,15 @@ def test_mean_return_of_the_last_episodes_goes_on_over_a_restart(broken_and_unbr
     script, run_dirs, _ = broken_and_unbroken
     run_dir = shutil.copytree(run_dirs["unbroken"], tmp_path / "run")
     edit(run_dir / "args.json", total_timesteps=21_000)
-    before = len(read(run_dir / "episodes.csv"))
+    before, gradient, complete = len(read(run_dir / "episodes.csv")), script.minibatch_gradient, []
+
+    def watched(*args):
+        complete.extend(name for name in ("agent.pt", "evaluation.json") if (run_dir / name).exists())
+        return gradient(*args)
+
+    monkeypatch.setattr(script, "minibatch_gradient", watched)
     script.train(script.Args(resume=str(run_dir), compile=False))
+    assert not complete and (run_dir / "agent.pt").exists(), "a run that goes on is not complete"
     episodes, row = read(run_dir / "episodes.csv"), read(run_dir / "metrics.csv")[-1]
     assert before < len(episodes) < before + 100
     ended = [x["return"] for x in episodes if x["step"] <= row["step"]]

@@ -258,6 +258,39 @@ def test_a_finished_run_is_resumed_without_another_evaluation(run, tmp_path):
         assert (copy / name).read_bytes() == (run / name).read_bytes(), name
 
 
+def test_a_run_that_goes_on_is_not_complete(run, tmp_path, monkeypatch):
+    shutil.copytree(run, copy := tmp_path / "copy")
+    about = json.loads((copy / "args.json").read_text())
+    about["args"]["total_timesteps"] = 10**6
+    (copy / "args.json").write_text(json.dumps(about))
+    monkeypatch.setattr(gbpo, "STOP", [signal.SIGTERM])
+    with pytest.raises(SystemExit, match="stopped at step 256"):
+        gbpo.train(gbpo.Args(resume=str(copy), device="cpu"))
+    assert not any((copy / name).exists() for name in ("model", "evaluation.json"))
+
+
+@SCRIPTS
+def test_dynamic_sampling_replaces_the_groups_without_a_signal(script, warmed, tmp_path, monkeypatch):
+    """Which are the first and the third of four here; the first draw that replaces them has one more."""
+    rollout, make_minibatches, trained = script.rollout, script.make_minibatches, []
+    rewards = iter([[[0, 0], [0, 1], [1, 1], [1, 0]], [[1, 1], [1, 0], [0, 1], [0, 0]]])
+
+    def scripted(*args):
+        groups, stats = rollout(*args)
+        for group, own in zip(groups, next(rewards), strict=True):
+            group["rewards"] = torch.tensor(own, dtype=torch.float64)
+        return groups, stats
+
+    monkeypatch.setattr(script, "rollout", scripted)
+    monkeypatch.setattr(script, "make_minibatches", lambda *x: trained.append(x[2]) or make_minibatches(*x))
+    own = dict(resample_rounds=3) | ({"objective": "dapo"} if script is grpo else {})
+    sizes = dict(num_prompts=4, minibatch_prompts=2, group_size=2, total_timesteps=8)
+    run_dir = train(script, tmp_path, model=warmed, **sizes, **own)
+    (groups,) = trained
+    assert [group["rewards"].tolist() for group in groups] == [[1, 0], [0, 1], [0, 1], [1, 0]]
+    assert read(run_dir / "metrics.csv")[-1]["step"] == 16  # all that was sampled counts
+
+
 def test_resume_takes_no_other_settings(run, tmp_path):
     shutil.copytree(run, incomplete := tmp_path / "run")
     (incomplete / "evaluation.json").unlink()

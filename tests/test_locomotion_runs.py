@@ -782,6 +782,17 @@ def test_a_run_of_another_device_can_be_evaluated_but_not_resumed(script, tiny_r
 
 
 @SCRIPTS
+def test_a_run_that_goes_on_is_not_complete(script, tiny_runs, tmp_path, monkeypatch):
+    run_dir = shutil.copytree(tiny_runs[script], tmp_path / "run")
+    edit(run_dir / "args.json", total_timesteps=10**6)
+    gradient = script.minibatch_gradient
+    monkeypatch.setattr(script, "minibatch_gradient", lambda *args: script.STOP.append(1) or gradient(*args))
+    with pytest.raises(SystemExit, match="stopped at step"):
+        script.train(script.Args(resume=str(run_dir)))
+    assert not any((run_dir / name).exists() for name in ("agent.pt", "evaluation.json"))
+
+
+@SCRIPTS
 def test_a_run_of_the_cpu_goes_on_there_though_there_is_a_gpu(script, tiny_runs, tmp_path, monkeypatch):
     run_dir = shutil.copytree(tiny_runs[script], tmp_path / "run")
     (run_dir / "evaluation.json").unlink()  # as if it had been killed before
