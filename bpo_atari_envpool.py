@@ -334,11 +334,10 @@ def minibatch_loss(agent, batch, moments, args):
         temperature = args.median_temperature or args.temperature
         mean_median_loss = scale * median_loss(returns / scale, medians / scale, low, high, temperature).mean()
     target = target_ratio(median_advantages / scale, low, high, args.temperature)
-    if args.divergence == "atv":
-        pg_loss = policy_loss(ratio, target, advantages / scale, args.tv_coef).mean()
-    elif args.divergence == "tv":  # Eq. 11
+    pg_loss = policy_loss(ratio, target, advantages / scale, args.tv_coef).mean()
+    if args.divergence == "tv":  # Eq. 11
         pg_loss = (target - ratio).abs().mean()
-    else:  # KL(pi_theta || pi*), plus terms of mean zero that keep every sample's share >= 0
+    elif args.divergence == "kl":  # KL(pi_theta || pi*), plus terms of mean zero that keep every sample's share >= 0
         pg_loss = (ratio * (ratio / target).log() - ratio + target).mean()
     loss = pg_loss + args.value_coef * value_loss + args.median_coef * mean_median_loss - args.ent_coef * entropy
     stats = {

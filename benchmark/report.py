@@ -59,14 +59,11 @@ class Run:
 
 
 def read_run(folder):
-    """Settings and curve of a run: (args.json as a dict, steps[K], returns[K]); ValueError if it cannot be read."""
-    try:
-        about = json.loads((folder / "args.json").read_text())
-        episodes = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
-    except (OSError, ValueError) as error:
-        if (folder / "model").exists():
-            raise ValueError("a language model's run, for report_llm.py") from None
-        raise ValueError(error) from None
+    """Settings and curve of a run: (args.json as a dict, steps[K], returns[K]); OSError or ValueError if unreadable."""
+    if (folder / "model").exists():
+        raise ValueError("a language model's run, for report_llm.py")
+    about = json.loads((folder / "args.json").read_text())
+    episodes = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
     if not (folder / "agent.pt").exists():
         raise ValueError("the run is not finished")
     if len(episodes) == 0 or episodes.shape[1] != 3 or not np.isfinite(episodes).all():
