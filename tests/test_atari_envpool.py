@@ -1,5 +1,6 @@
 """The functions of the BPO and PPO scripts for Atari against formulas, and the likeness of the two."""
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -288,6 +289,21 @@ def test_loss_is_one_graph(script, bf16):
     tolerance = dict(rtol=0.05, atol=0.005) if bf16 else dict(rtol=1e-4, atol=1e-6)
     for plain, traced in zip(*results):
         torch.testing.assert_close(traced, plain, **tolerance)
+
+
+@SCRIPTS
+def test_an_update_computes_on_one_device_and_waits_for_nothing(script, monkeypatch):
+    """On a device without memory a tensor of the CPU is an error, and so is a number that the host asks for."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no such device
+    args, agent = new_agent(script)
+    batch = {name: x.to("meta") for name, x in sample_batch(script, agent, frames(8), spread=0.005).items()}
+    agent, order = agent.to("meta"), torch.zeros(2, 3, 4, dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        agent(frames(8))
+    moments = script.minibatch_moments(batch["advantages"][order])
+    given = batch, order[1, 2], moments[1, 2]
+    gradient, stats, _ = script.minibatch_gradient(script.minibatch_loss, agent, [*agent.parameters()], *given, args)
+    assert gradient.is_meta and stats.is_meta
 
 
 WORKER = """

@@ -1,6 +1,7 @@
 """The functions of bpo_locomotion.py and ppo_locomotion.py against formulas, and the likeness of the scripts."""
 
 import ast
+import contextlib
 import copy
 import difflib
 import math
@@ -288,6 +289,26 @@ def test_gradient_is_one_graph(script, bf16):
     assert results[0][2] != 1e-3
     for plain, traced in zip(*results):
         torch.testing.assert_close(traced, plain, rtol=1e-4, atol=1e-5)
+
+
+@SCRIPTS
+def test_an_iteration_computes_on_one_device_and_waits_for_nothing(script, monkeypatch):
+    """On a device without memory a tensor of the CPU is an error, and so is a number that the host asks for."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no such device
+    args, agent = new_agent(script, torch.float32)
+    batch = {name: x.to("meta") for name, x in sample_batch(script, args, agent, dtype=torch.float32).items()}
+    agent, learning_rate = agent.to("meta"), torch.tensor(1e-3, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        agent.policy(torch.zeros(48, 3))
+    with pytest.raises(RuntimeError, match="meta"):
+        learning_rate.item()
+    agent.obs_stats.update(batch["obs"])
+    rewards, values = torch.zeros(6, 8, device="meta"), agent.value(agent.normalize_privileged(batch["privileged"]))
+    ends = rewards > 0
+    results = script.compute_gae(rewards, values[:8].expand(7, 8), ends, ends, args.gamma, args.gae_lambda)
+    script.prepare_batch(batch, args)
+    results += script.minibatch_gradient(agent, list(agent.parameters()), batch, learning_rate, args)[:2]
+    assert all(x.is_meta for x in (*results, *agent.obs_stats.buffers(), *batch.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------- siblings
