@@ -243,7 +243,8 @@ def test_episodes_hold_breakouts_own_score(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script.envpool, "make", make_recorded)
     monkeypatch.setattr(script, "evaluate", lambda *_: np.zeros(1))
-    run_dir = train(script, tmp_path, env_id="BreakoutNoFrameskip-v4", num_envs=8, num_steps=128, total_timesteps=4000)
+    settings = dict(num_envs=8, num_steps=128, minibatch_size=1024, total_timesteps=4000)
+    run_dir = train(script, tmp_path, env_id="BreakoutNoFrameskip-v4", **settings)
     rows = read(run_dir / "episodes.csv")
     assert column(rows, "return").tolist() == [score for score, *_ in ends]
     assert len(rows) > 15 and len(set(column(rows, "return"))) > 2
@@ -383,7 +384,7 @@ def test_target_kl_ends_the_epochs(script, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- processes
 
 
-def test_two_processes_train_as_one_run(tmp_path):
+def test_two_processes_train_as_one_run(tmp_path, monkeypatch):
     """The same environments as one process would have, one log, and it can be resumed by one process."""
     settings = TINY | dict(num_envs=4, num_steps=32, minibatch_size=32, checkpoint_interval=1, output_dir=tmp_path)
     command = [sys.executable, bpo.__file__, *options(**settings, total_timesteps=900)]
@@ -401,6 +402,7 @@ def test_two_processes_train_as_one_run(tmp_path):
     about = json.loads((run_dir / "args.json").read_text())
     about["args"]["total_timesteps"] = 1200
     (run_dir / "args.json").write_text(json.dumps(about))
+    monkeypatch.setattr(bpo, "evaluate", lambda *_: np.zeros(1))
     assert bpo.train(bpo.Args(resume=str(run_dir), device="cpu")) == str(run_dir)
     resumed = read(run_dir / "metrics.csv")
     for row, expected in zip(comparable(resumed), comparable(metrics)):
@@ -433,7 +435,7 @@ def test_environments_split_over_processes_are_those_of_one(script, monkeypatch)
 
 
 @SCRIPTS
-def test_a_stopped_run_goes_on_where_it_was(script, tmp_path):
+def test_a_stopped_run_goes_on_where_it_was(script, tmp_path, monkeypatch):
     settings = TINY | dict(num_envs=4, num_steps=32, minibatch_size=64, total_timesteps=1500, checkpoint_interval=2)
     arguments = options(**settings, output_dir=tmp_path / "stopped")
     process = start(script, arguments, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -451,6 +453,7 @@ def test_a_stopped_run_goes_on_where_it_was(script, tmp_path):
     step = torch.load(run_dir / "checkpoint.pt")["step"]
     assert read(run_dir / "metrics.csv")[-1]["step"] == step < 1500
 
+    monkeypatch.setattr(script, "evaluate", lambda *_: np.zeros(1))
     unbroken = train(script, tmp_path / "unbroken", **settings)
     with (run_dir / "episodes.csv").open("a") as episodes:
         episodes.write(f"{step + 3},7,7\n{step - 1},7")  # a row past the checkpoint, then half a row
