@@ -28,6 +28,7 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -38,6 +39,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import transformers
 import tyro
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
@@ -206,6 +208,9 @@ def check_args(args):
         raise BadInput("--system-prompt is a part of the chat template: add --chat-template")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is no GPU that PyTorch can use; leave it out to run on the CPU")
+    gpus, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if args.device != "cpu" and 0 < gpus <= rank:
+        raise BadInput(f"every process needs its own GPU, and there are {gpus}: start as many, or pass --device cpu")
     if args.dataset and not args.model:
         raise BadInput("--dataset needs --model: the built-in model can read sums only")
     if args.generator == "vllm" and not args.model:
@@ -698,10 +703,12 @@ def start_processes(args):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN (pytorch/pytorch#196678)
     elif not args.model:
         torch.set_num_threads(1)  # faster than two for the built-in model
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # The others wait while one writes a checkpoint, which NCCL would allow ten minutes for.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return device
 
 
@@ -934,7 +941,11 @@ def make_run_dir(args):
 
 def save_model(model, tokenizer, folder):
     """Writes weights, configuration and tokenizer by save_pretrained, all or nothing; all processes take part."""
-    state = {name: full(x) for name, x in model.state_dict().items()}
+    state = {}
+    for name, x in model.state_dict().items():
+        x = full(x)  # by all processes, but one holds it
+        if RANK == 0:
+            state[name] = x
     if RANK == 0:
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -995,9 +1006,10 @@ def train(args):
         source, dtype = args.model or run_dir / "initial_model", getattr(torch, args.dtype)
         reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
     for whole in [x for x in (model, reference) if x and args.fsdp]:
+        mesh = init_device_mesh(device.type, (WORLD_SIZE,))  # else --device cpu would shard onto a GPU
         for layer in [x for x in whole.modules() if isinstance(x, GradientCheckpointingLayer)]:
-            fully_shard(layer)
-        fully_shard(whole)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(whole, mesh=mesh)
     parameters = [x for x in model.parameters() if x.requires_grad]
     masters = [x.detach().float() for x in parameters]  # of a float32 model: the parameters themselves
     optimizer = torch.optim.AdamW(masters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -1117,6 +1129,7 @@ def train(args):
                 optimizer.param_groups[0]["lr"] = learning_rate
                 totals["grad_norm"] += full(nn.utils.clip_grad_norm_(masters, args.max_grad_norm)) / WORLD_SIZE
                 optimizer.step()
+                optimizer.zero_grad()
                 if args.dtype != "float32":
                     for x, master in zip(parameters, masters):
                         x.detach().copy_(master)

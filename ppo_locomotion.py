@@ -319,15 +319,19 @@ def mjlab_envs(args, num_envs, seed, render):
     if any(getattr(command, "motion_file", None) == "" for command in cfg.commands.values()):
         raise BadInput(f"{args.env_id} follows a recorded motion, which this script cannot load: pass another task")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pages of tables
+        with contextlib.redirect_stdout(io.StringIO()) as printed:  # pages of tables
             env = ManagerBasedRlEnv(cfg, str(find_device(args)), render_mode="rgb_array" if render else None)
-            return manager_envs(args, env, "actor")
+            envs = manager_envs(args, env, "actor")
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise
         raise BadInput(
             f"{num_envs} environments of {args.env_id} do not fit into memory: pass fewer --num-envs"
         ) from None
+    for line in printed.getvalue().splitlines():
+        if line.startswith("[WARNING]"):  # of a driver too old for CUDA graphs, which would be slow
+            print(line, file=sys.stderr)
+    return envs
 
 
 @functools.cache

@@ -76,7 +76,9 @@ def run_peer(args):
     cfg = load_rl_cfg(args.env_id)
     cfg.num_steps_per_env = 24
     cfg.actor.hidden_dims = cfg.critic.hidden_dims = args.hidden_sizes
-    runner = MjlabOnPolicyRunner(envs, dataclasses.asdict(cfg), None, args.device)
+    # Ours look for NaN once per iteration; RSL-RL would in every step, and wait for a GPU each time.
+    cfg = dataclasses.asdict(cfg) | {"check_for_nan": False}
+    runner = MjlabOnPolicyRunner(envs, cfg, None, args.device)
     runner.learn(WARM_UP, init_at_random_ep_len=True)
     start = time.perf_counter()
     runner.learn(args.iterations)  # ends with the losses on the CPU
