@@ -335,14 +335,14 @@ def ratio_statistics(ratio, low, high):
 
 
 def to_frames(obs):
-    """EnvPool's observations [N, C, H, W] as a tensor of bytes [N, H, W, C], the layout that convolutions like best."""
-    return torch.from_numpy(obs).movedim(1, -1)
+    """EnvPool's observations, bytes [N, C, H, W], as [N, H, W, C], the layout that convolutions like best."""
+    return obs.movedim(1, -1)
 
 
 def act(agent, args, obs, deterministic):
     """Actions [N] for EnvPool's observations [N, C, H, W]."""
     with torch.inference_mode():
-        logits = agent(to_frames(obs).to(args.device))["logits"]
+        logits = agent(to_frames(torch.from_numpy(obs).to(args.device)))["logits"]
         noise = 0 if deterministic else -torch.empty_like(logits).exponential_().log()  # Gumbel
         return (logits + noise).argmax(-1).cpu().numpy()
 
@@ -549,8 +549,8 @@ def train(args):
     shape = num_steps, num_envs
     channels, height, width = obs_space.shape
     # The frames of one step wait here, page-locked for a GPU, so that their transfer need not wait for anything.
-    staging = torch.empty(num_envs, height, width, channels, dtype=torch.uint8, pin_memory=on_gpu)
-    obs = torch.empty(num_steps, *staging.shape, dtype=torch.uint8, device=device)
+    staging = torch.empty(num_envs, channels, height, width, dtype=torch.uint8, pin_memory=on_gpu)
+    obs = torch.empty(num_steps, num_envs, height, width, channels, dtype=torch.uint8, device=device)
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     rewards, scores, valid = np.zeros(shape, np.float32), np.zeros(shape), np.zeros(shape, bool)
     terminated, truncated, game_over = np.zeros_like(valid), np.zeros_like(valid), np.zeros_like(valid)
@@ -570,8 +570,8 @@ def train(args):
             noise = -torch.empty(*shape, action_space.n).exponential_().log().to(device)  # Gumbel
             for t in range(num_steps):
                 valid[t] = ~done  # the step after an episode's end is a dummy that only resets the simulator
-                staging.copy_(to_frames(next_obs))
-                obs[t].copy_(staging, non_blocking=True)
+                staging.copy_(torch.from_numpy(next_obs))
+                obs[t] = to_frames(staging.to(device, non_blocking=True))  # the device rearranges them
                 outputs.append(agent(obs[t]))
                 actions[t] = (outputs[-1]["logits"] + noise[t]).argmax(-1)
                 action = actions[t].cpu().numpy()
@@ -580,7 +580,7 @@ def train(args):
                 simulation_seconds += time.perf_counter() - simulation_start
                 scores[t], game_over[t] = info["reward"], info["terminated"].astype(bool) | truncated[t]
                 done = terminated[t] | truncated[t]
-            outputs.append(agent(to_frames(next_obs).to(device)))
+            outputs.append(agent(to_frames(torch.from_numpy(next_obs).to(device))))
         update_start = time.perf_counter()
 
         all_scores, all_valid, all_over = gather(np.stack([scores, valid, game_over]))

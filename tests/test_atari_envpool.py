@@ -109,7 +109,7 @@ def test_bfloat16_computes_the_same_to_its_precision(script):
 @SCRIPTS
 def test_frames_become_channels_last_bytes(script):
     obs = np.random.default_rng(0).integers(0, 256, (3, 4, 84, 84), dtype=np.uint8)
-    assert np.array_equal(script.to_frames(obs).numpy(), obs.transpose(0, 2, 3, 1))
+    assert np.array_equal(script.to_frames(torch.from_numpy(obs)).numpy(), obs.transpose(0, 2, 3, 1))
 
 
 # ----------------------------------------------------------------------------------------------------- the objective
