@@ -478,7 +478,7 @@ def test_complete_runs_are_skipped(stub, tmp_path):
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(stub, tmp_path):
     out = tmp_path / "runs" / "s"
-    suite = write_suite(tmp_path / "s.toml", **GOOD | {"script": str(stub), "seeds": 2, "total_timesteps": 400})
+    suite = write_suite(tmp_path / "s.toml", **GOOD | {"script": str(stub), "seeds": 2, "total_timesteps": 800})
     runner = start(suite, out.parent, "--workers", 2)
     until(lambda: made(out) > 20)
     runner.send_signal(signal.SIGINT)
@@ -490,7 +490,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(stub, tmp_path):
     assert status == 0 and "2 to resume" in output
     after = rows_of(out)
     assert all(after[run][: len(rows)] == rows for run, rows in before.items())  # every finished episode is still there
-    assert all([int(row[0]) for row in rows[1:]] == list(range(10, 401, 10)) for rows in after.values())
+    assert all([int(row[0]) for row in rows[1:]] == list(range(10, 801, 10)) for rows in after.values())
 
 
 def test_crash_is_retried_once_then_reported_and_the_others_go_on(stub, tmp_path):
