@@ -467,23 +467,27 @@ def test_film_is_a_video(tmp_path):
 # ------------------------------------------------------------------------------------------------ mjlab and Isaac Lab
 
 
-def test_manager_based_simulators_start_episodes_at_random_lengths():
+class ManagerBased:
     """The interface of mjlab and Isaac Lab, played by a stand-in."""
 
-    class Env:
-        max_episode_length, episode_length_buf = 1000, torch.zeros(500, dtype=torch.long)
-        single_action_space, step_dt = SimpleNamespace(shape=(3,)), 0.05
+    max_episode_length, episode_length_buf = 1000, torch.zeros(500, dtype=torch.long)
+    single_action_space, step_dt = SimpleNamespace(shape=(3,)), 0.05
 
-        def reset(self):
-            self.episode_length_buf = torch.zeros(500, dtype=torch.long)
-            return {"actor": torch.zeros(500, 5)}, {"log": {"Episode_Reward/alive": torch.tensor(1.0)}}
+    def __init__(self, *_, **__):
+        print("| table |\n[WARNING] CUDA Graphs disabled: driver 12.2 < 12.4\n| table |")
 
-        def step(self, actions):
-            return {"actor": torch.zeros(500, 5)}, torch.ones(500), *torch.zeros(2, 500, dtype=bool), {"log": {}}
+    def reset(self):
+        self.episode_length_buf = torch.zeros(500, dtype=torch.long)
+        return {"actor": torch.zeros(500, 5)}, {"log": {"Episode_Reward/alive": torch.tensor(1.0)}}
 
-        render = close = None
+    def step(self, actions):
+        return {"actor": torch.zeros(500, 5)}, torch.ones(500), *torch.zeros(2, 500, dtype=bool), {"log": {}}
 
-    env = Env()
+    render = close = None
+
+
+def test_manager_based_simulators_start_episodes_at_random_lengths():
+    env = ManagerBased()
     envs = bpo.manager_envs(bpo.Args(env_id="Mjlab-X"), env, "actor")
     assert (envs.obs_size, envs.privileged_size, envs.action_size, envs.next_step, envs.fps) == (5, 5, 3, False, 20)
     _, logs = envs.reset()
@@ -498,6 +502,18 @@ def test_manager_based_simulators_start_episodes_at_random_lengths():
     env.reset = lambda: (groups, {})
     with pytest.raises(bpo.BadInput, match=r"Mjlab-X has observations that this script cannot use \(camera\)"):
         bpo.manager_envs(bpo.Args(env_id="Mjlab-X"), env, "actor")
+
+
+@SCRIPTS
+def test_mjlabs_warnings_are_shown_and_its_tables_are_not(script, monkeypatch, capsys):
+    cfg = SimpleNamespace(scene=SimpleNamespace(), commands={})
+    modules = {"mjlab": {}, "mjlab.tasks": {}, "mjlab.envs": {"ManagerBasedRlEnv": ManagerBased}}
+    modules["mjlab.tasks.registry"] = {"list_tasks": lambda: ["Mjlab-X"], "load_env_cfg": lambda _: cfg}
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
+    script.make_envs(script.Args(env_id="Mjlab-X", device="cpu"), 500, 7)
+    assert capsys.readouterr() == ("", "[WARNING] CUDA Graphs disabled: driver 12.2 < 12.4\n")
+    assert (cfg.scene.num_envs, cfg.seed) == (500, 7)
 
 
 @SCRIPTS
