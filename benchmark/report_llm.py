@@ -3,6 +3,8 @@
     python benchmark/report_llm.py runs/paper_figure6_small/*/*/ --output benchmark/results/llm_figure6
 
 Runs are grouped by objective, clip ratio and epochs. Intervals are 95% bootstrap intervals of the mean over seeds.
+Groups of the same clip ratio and epochs are compared with GBPO seed by seed, as runs of a seed share their first model
+and their prompts; those are t-intervals of the mean difference.
 """
 
 import csv
@@ -16,6 +18,7 @@ import matplotlib
 import numpy as np
 import tyro
 from run import HARMLESS
+from scipy.stats import ttest_rel
 
 SAME_GROUP = {"seed", "output_dir", "resume", "evaluate", *HARMLESS}  # settings in which runs of a group may differ
 
@@ -82,6 +85,7 @@ def main(args):
     rng, rows = np.random.default_rng(0), ["group,seed,step,pass@1,ratio_max,out_of_bounds"]
     table = ["| group | seeds | start | pass@1 at the end | 95% | best | largest ratio | 95% | out of bounds | each |"]
     table.append("|-|-|-|-|-|-|-|-|-|-|")
+    ends, pairs = {}, []
     for group, runs in sorted(groups.items()):
         runs = dict(sorted(runs.items()))
         length = min(len(e["step"]) for e, _ in runs.values())  # dynamic sampling takes more completions a step
@@ -102,10 +106,22 @@ def main(args):
         last, largest = np.array([e["pass@1"][-1] for e, _ in runs.values()]), ratios.max(1)
         outside = np.mean([m["ratio/out_of_bounds"].mean() for _, m in runs.values()])
         (low, high), (rlow, rhigh) = interval_of_mean(last, rng), interval_of_mean(largest, rng)
-        cells = [group, len(runs), f"{accuracy[:, 0].mean():.3f}", f"{last.mean():.3f}", f"{low:.3f} to {high:.3f}"]
-        cells += [f"{accuracy.max(1).mean():.3f}", f"{largest.mean():.2f}", f"{rlow:.2f} to {rhigh:.2f}"]
+        intervals = (f"{low:.3f} to {high:.3f}", f"{rlow:.2f} to {rhigh:.2f}") if len(runs) > 1 else "--"
+        cells = [group, len(runs), f"{accuracy[:, 0].mean():.3f}", f"{last.mean():.3f}", intervals[0]]
+        cells += [f"{accuracy.max(1).mean():.3f}", f"{largest.mean():.2f}", intervals[1]]
         cells += [f"{outside:.1%}", ", ".join(f"{x:.2f}" for x in last)]
         table.append("| " + " | ".join(map(str, cells)) + " |")
+        ends[group] = dict(zip(runs, last))
+    for group, theirs in ends.items():
+        gbpo = "GBPO" + group[group.index(" (") :]
+        seeds = [seed for seed in theirs if seed in ends.get(gbpo, {})]
+        if group != gbpo and len(seeds) > 1:
+            pair = np.array([[ends[gbpo][seed], theirs[seed]] for seed in seeds]).T
+            (low, high), less = ttest_rel(*pair).confidence_interval(), pair[0] - pair[1]
+            cells = [f"{gbpo} less {group}", len(seeds), f"{less.mean():.3f}", f"{low:.3f} to {high:.3f}"]
+            pairs.append("| " + " | ".join(map(str, [*cells, ", ".join(f"{x:.2f}" for x in less)])) + " |")
+    if pairs:
+        table += ["", "| pass@1 at the end, seed by seed | seeds | mean | 95% | each |", "|-|-|-|-|-|", *pairs]
     axes[0].set(title="held-out pass@1", xlabel="completions")
     axes[1].set(title="largest ratio in the last epoch", xlabel="completions", yscale="log")
     for axis in axes:
