@@ -16,6 +16,16 @@ def test_links_lead_to_files(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings(page):
+    for target, anchor in re.findall(r"\]\(([^)#:]*\.md|)#([^)]+)\)", page.read_text()):
+        lines = (page.parent / target if target else page).read_text().splitlines()
+        headings = [
+            re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines if line[:1] == "#"
+        ]
+        assert anchor in headings, (target, anchor)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_line_references_show_the_code_they_name(page):
     for code, file, line in re.findall(r"\[`([^`]+)`\]\(([^)#]+)#L(\d+)\)", page.read_text()):
         assert code in (page.parent / file).read_text().splitlines()[int(line) - 1], (code, line)
