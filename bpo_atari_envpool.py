@@ -334,11 +334,11 @@ def minibatch_loss(agent, batch, moments, args):
         temperature = args.median_temperature or args.temperature
         mean_median_loss = scale * median_loss(returns / scale, medians / scale, low, high, temperature).mean()
     target = target_ratio(median_advantages / scale, low, high, args.temperature)
-    pg_loss = policy_loss(ratio, target, advantages / scale, args.tv_coef).mean()
-    if args.divergence == "tv":  # Eq. 11
-        pg_loss = (target - ratio).abs().mean()
-    elif args.divergence == "kl":  # KL(pi_theta || pi*), plus terms of mean zero that keep every sample's share >= 0
-        pg_loss = (ratio * (ratio / target).log() - ratio + target).mean()
+    if args.divergence == "atv":
+        pg_loss = policy_loss(ratio, target, advantages / scale, args.tv_coef)
+    else:  # Eq. 11; KL(pi_theta || pi*), plus terms of mean zero that keep every sample's share >= 0
+        pg_loss = (target - ratio).abs() if args.divergence == "tv" else ratio * (ratio / target).log() - ratio + target
+    pg_loss = pg_loss.mean()
     loss = pg_loss + args.value_coef * value_loss + args.median_coef * mean_median_loss - args.ent_coef * entropy
     stats = {
         "losses/policy_loss": pg_loss,

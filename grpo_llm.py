@@ -46,6 +46,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 SCRIPT = Path(__file__).stem
 STOP = []  # signals received: a first Ctrl-C or SIGTERM ends the run after the iteration, with a checkpoint
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # of this machine's processes
 
 
 class BadInput(ValueError):
@@ -204,8 +205,7 @@ def check_args(args):
         raise BadInput("--system-prompt is a part of the chat template: add --chat-template")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: there is no GPU that PyTorch can use; leave it out to run on the CPU")
-    gpus, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    if args.device != "cpu" and 0 < gpus <= rank:
+    if args.device != "cpu" and 0 < (gpus := torch.cuda.device_count()) <= LOCAL_RANK:
         raise BadInput(f"every process needs its own GPU, and there are {gpus}: start as many, or pass --device cpu")
     if args.dataset and not args.model:
         raise BadInput("--dataset needs --model: the built-in model can read sums only")
@@ -716,7 +716,7 @@ def pack(prompts, completions, budget, count=0):
 def start_processes(args):
     """Joins the processes that torchrun started; returns this one's device."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients can be NaN (pytorch/pytorch#196678)
@@ -751,6 +751,12 @@ def reduce(x, operation=dist.ReduceOp.SUM):
 def full(x):
     """The whole of a sharded tensor; all else as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def gathered(x):
+    """full(x), which all processes take part in, in the first one; None in the others, which need not hold it."""
+    x = full(x)
+    return x if RANK == 0 else None
 
 
 def like(x, other):
@@ -955,11 +961,7 @@ def make_run_dir(args):
 
 def save_model(model, tokenizer, folder):
     """Writes weights, configuration and tokenizer by save_pretrained, all or nothing; all processes take part."""
-    state = {}
-    for name, x in model.state_dict().items():
-        x = full(x)  # by all processes, but one holds it
-        if RANK == 0:
-            state[name] = x
+    state = {name: gathered(x) for name, x in model.state_dict().items()}
     if RANK == 0:
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1019,8 +1021,8 @@ def train(args):
     if args.kl_coef:
         source, dtype = args.model or run_dir / "initial_model", getattr(torch, args.dtype)
         reference = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device).eval()
+    mesh = init_device_mesh(device.type, (WORLD_SIZE,)) if args.fsdp else None  # by default it would be the GPUs'
     for whole in [x for x in (model, reference) if x and args.fsdp]:
-        mesh = init_device_mesh(device.type, (WORLD_SIZE,))  # else --device cpu would shard onto a GPU
         for layer in [x for x in whole.modules() if isinstance(x, GradientCheckpointingLayer)]:
             fully_shard(layer, mesh=mesh)
         fully_shard(whole, mesh=mesh)
@@ -1063,11 +1065,8 @@ def train(args):
         writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in dataclasses.asdict(args).items()))
 
     def save_checkpoint():
-        def gathered(x):  # by all processes, but one holds it
-            x = full(x)
-            return x if not isinstance(x, torch.Tensor) else x.cpu() if RANK == 0 else None
-
-        state = tree_map(gathered, {"parameters": masters, "optimizer": optimizer.state_dict()})
+        state = {"parameters": masters, "optimizer": optimizer.state_dict()}
+        state = tree_map(lambda x: x.cpu() if isinstance(x := gathered(x), torch.Tensor) else x, state)
         if RANK == 0:
             for file in files.values():
                 file.flush()

@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 import tyro
 from run import HARMLESS
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp
 
 SAME_GROUP = {"seed", "output_dir", "resume", "evaluate", *HARMLESS}  # settings in which runs of a group may differ
 
@@ -85,7 +85,7 @@ def main(args):
     rng, rows = np.random.default_rng(0), ["group,seed,step,pass@1,ratio_max,out_of_bounds"]
     table = ["| group | seeds | start | pass@1 at the end | 95% | best | largest ratio | 95% | out of bounds | each |"]
     table.append("|-|-|-|-|-|-|-|-|-|-|")
-    ends, pairs = {}, []
+    ends = {}
     for group, runs in sorted(groups.items()):
         runs = dict(sorted(runs.items()))
         length = min(len(e["step"]) for e, _ in runs.values())  # dynamic sampling takes more completions a step
@@ -106,18 +106,19 @@ def main(args):
         last, largest = np.array([e["pass@1"][-1] for e, _ in runs.values()]), ratios.max(1)
         outside = np.mean([m["ratio/out_of_bounds"].mean() for _, m in runs.values()])
         (low, high), (rlow, rhigh) = interval_of_mean(last, rng), interval_of_mean(largest, rng)
-        intervals = (f"{low:.3f} to {high:.3f}", f"{rlow:.2f} to {rhigh:.2f}") if len(runs) > 1 else "--"
+        intervals = (f"{low:.3f} to {high:.3f}", f"{rlow:.2f} to {rhigh:.2f}") if len(runs) > 1 else ("-", "-")
         cells = [group, len(runs), f"{accuracy[:, 0].mean():.3f}", f"{last.mean():.3f}", intervals[0]]
         cells += [f"{accuracy.max(1).mean():.3f}", f"{largest.mean():.2f}", intervals[1]]
         cells += [f"{outside:.1%}", ", ".join(f"{x:.2f}" for x in last)]
         table.append("| " + " | ".join(map(str, cells)) + " |")
         ends[group] = dict(zip(runs, last))
+    pairs = []
     for group, theirs in ends.items():
         gbpo = "GBPO" + group[group.index(" (") :]
         seeds = [seed for seed in theirs if seed in ends.get(gbpo, {})]
         if group != gbpo and len(seeds) > 1:
-            pair = np.array([[ends[gbpo][seed], theirs[seed]] for seed in seeds]).T
-            (low, high), less = ttest_rel(*pair).confidence_interval(), pair[0] - pair[1]
+            less = np.array([ends[gbpo][seed] - theirs[seed] for seed in seeds])
+            low, high = ttest_1samp(less, 0).confidence_interval()
             cells = [f"{gbpo} less {group}", len(seeds), f"{less.mean():.3f}", f"{low:.3f} to {high:.3f}"]
             pairs.append("| " + " | ".join(map(str, [*cells, ", ".join(f"{x:.2f}" for x in less)])) + " |")
     if pairs:

@@ -793,7 +793,7 @@ def test_a_missing_gpu_is_named(script):
 def test_more_processes_than_gpus_are_named(script, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     script.check_args(script.Args())
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(script, "LOCAL_RANK", 1)
     script.check_args(script.Args(device="cpu"))
     with pytest.raises(script.BadInput, match="every process needs its own GPU, and there are 1"):
         script.check_args(script.Args())
@@ -806,7 +806,7 @@ def test_processes_on_gpus_avoid_cudnn_attention_and_wait_longer_than_a_checkpoi
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
     monkeypatch.setattr(script.dist, "init_process_group", lambda *args, **kwargs: calls.update(kwargs, backend=args))
     monkeypatch.setattr(script, "WORLD_SIZE", 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(script, "LOCAL_RANK", 1)
     try:
         device = script.start_processes(script.Args())
         assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
