@@ -32,7 +32,7 @@ VARIANTS = {
         "recomputed advantages": dict(recompute_advantages=True),
         "mlp-head": dict(median_network="mlp-head"),
         "no normalisations": dict(norm_adv=False, norm_obs=False, norm_reward=False),
-        "clipped values and entropy": dict(clip_value_loss=True, ent_coef=0.01),
+        "entropy bonus": dict(ent_coef=0.01),
         "paper, Hopper": PAPER_HOPPER,
         "released, Hopper": PAPER_HOPPER | RELEASED,
     },
