@@ -282,7 +282,10 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
 
 def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
-    """Optimal ratio pi*/pi_0 within its bounds (Corollary 4.7; Theorem 4.1 if they are 1 -+ epsilon): [...] -> [...]"""
+    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 at the median, and the bounds far from it.
+
+    For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
+    """
     odds = (ratio_high - 1) / (1 - ratio_low)
     return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(odds))
 

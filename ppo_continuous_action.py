@@ -5,10 +5,8 @@ Schulman et al., 2017, https://arxiv.org/abs/1707.06347. All else is its sibling
     python ppo_continuous_action.py --env-id Hopper-v4
 """
 
-import argparse
 import dataclasses
 import difflib
-import importlib
 import json
 import math
 import os
@@ -35,88 +33,54 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from annotated_types import Interval
 from filelock import FileLock, Timeout
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 
 SCRIPT = Path(__file__).stem
-Size = Annotated[int, Interval(ge=1, le=10**6)]
-Fraction = Annotated[float, Interval(ge=0, le=1)]
+Size = Annotated[int, Field(ge=1, le=10**6)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
 class Args:
-    env_id: str = "Hopper-v4"
-    """task with a flat Box observation and a Box action"""
-    env_backend: Literal["envpool", "gymnasium"] = "envpool"
-    """EnvPool is fast, Gymnasium has more tasks and runs on more machines"""
-    seed: Annotated[int, Interval(ge=0, lt=2**31)] = 1
-    """seed of simulators, initial weights, actions and minibatches"""
-    total_timesteps: PositiveInt = 1_000_000
-    """environment steps to train for, all environments together"""
-    num_envs: Size = 4
-    """environments stepped in parallel, N"""
-    num_steps: Size = 512
-    """steps per environment and iteration, T"""
-    minibatch_size: Size = 64
-    """samples per gradient step"""
-    update_epochs: Size = 10
-    """passes over the rollout per iteration"""
-    learning_rate: PositiveFloat = 3e-4
-    """Adam's step size (the initial one if it is scheduled)"""
+    env_id: str = "Hopper-v4"  # task with a flat Box observation and a Box action
+    env_backend: Literal["envpool", "gymnasium"] = "envpool"  # EnvPool is fast, Gymnasium has more tasks
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of simulators, initial weights, actions and minibatches
+    total_timesteps: PositiveInt = 1_000_000  # environment steps, all environments together
+    num_envs: Size = 4  # environments in parallel, N
+    num_steps: Size = 512  # steps per environment and iteration, T
+    minibatch_size: Size = 64  # samples per gradient step
+    update_epochs: Size = 10  # passes over the rollout per iteration
+    learning_rate: PositiveFloat = 3e-4  # Adam's step size, at the start if it is scheduled
+    # linear: to 0 at the last step; adaptive: by --desired-kl, as RSL-RL does (the paper's "ADP")
     lr_schedule: Literal["constant", "linear", "adaptive"] = "linear"
-    """linear: to 0 at the last step; adaptive: by --desired-kl, as RSL-RL does (the paper's "ADP")"""
-    desired_kl: PositiveFloat = 0.01
-    """KL divergence per iteration that the adaptive schedule aims at, in nats"""
-    target_kl: PositiveFloat | None = None
-    """ends the iteration's epochs once the approximate KL divergence exceeds it, in nats"""
-    gamma: Fraction = 0.995
-    """discount factor"""
-    gae_lambda: Fraction = 0.95
-    """lambda of generalised advantage estimation"""
-    clip_coef: PositiveFloat = 0.2
-    """epsilon: the ratio's bounds are 1 -+ epsilon"""
-    objective: Literal["clip", "spo"] = "clip"
-    """PPO's, or Simple Policy Optimization's: a quadratic penalty that is least at the same bounds"""
-    norm_adv: bool = True
-    """divide advantages by the minibatch's standard deviation; PPO centres them as well"""
-    norm_obs: bool = True
-    """standardise observations with running statistics"""
-    norm_reward: bool = True
-    """divide rewards by the running standard deviation of the discounted return"""
-    vf_coef: NonNegativeFloat = 0.5
-    """w_1, weight of the value loss"""
-    clip_vloss: bool = False
-    """clip the change of the value by --clip-coef as well"""
-    ent_coef: NonNegativeFloat = 0.0
-    """weight of the entropy bonus"""
-    max_grad_norm: PositiveFloat = 0.5
-    """largest norm of the gradient of all networks together"""
-    hidden_size: Size = 64
-    """width of each network's two hidden layers"""
-    activation: Literal["tanh", "relu", "elu"] = "tanh"
-    """nonlinearity of the hidden layers"""
-    log_std_init: float = -0.5
-    """initial logarithm of the policy's standard deviation"""
-    compile: bool = True
-    """torch.compile the gradient step, if there is a C++ compiler"""
-    exp_name: str = SCRIPT
-    """the experiment's name, a part of the run's"""
-    output_dir: str = "runs"
-    """folder that receives the run's folder"""
-    checkpoint_seconds: NonNegativeFloat = 30
-    """seconds between checkpoints; 0: one after every iteration"""
-    resume: str | None = None
-    """RUN_DIR: go on with this run; --total-timesteps may differ"""
-    track: bool = False
-    """log to Weights & Biases, too (WANDB_MODE=offline needs no account)"""
-    wandb_project_name: str = "bounded-ratio-rl"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases team"""
+    desired_kl: PositiveFloat = 0.01  # KL divergence from the old policy that adaptive aims at, in nats
+    target_kl: PositiveFloat | None = None  # no further epoch above this approximate KL, in nats
+    gamma: Fraction = 0.995  # discount factor
+    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation
+    clip_coef: PositiveFloat = 0.2  # epsilon: the ratio's bounds are 1 -+ epsilon
+    objective: Literal["clip", "spo"] = "clip"  # PPO's, or Simple Policy Optimization's quadratic penalty
+    norm_adv: bool = True  # divide advantages by the minibatch's standard deviation; PPO centres them as well
+    norm_obs: bool = True  # standardise observations with running statistics
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
+    vf_coef: NonNegativeFloat = 0.5  # w_1, weight of the value loss
+    clip_vloss: bool = False  # clip the value's change by --clip-coef, too
+    ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
+    max_grad_norm: PositiveFloat = 0.5  # largest norm of the gradient over all networks
+    hidden_size: Size = 64  # width of each network's two hidden layers
+    activation: Literal["tanh", "relu", "elu"] = "tanh"  # nonlinearity of the hidden layers
+    log_std_init: float = -0.5  # initial logarithm of the policy's standard deviation
+    compile: bool = True  # torch.compile the gradient step, if there is a C++ compiler
+    exp_name: str = SCRIPT  # a part of the run's name
+    output_dir: str = "runs"  # parent of the run's folder
+    checkpoint_seconds: NonNegativeFloat = 30  # between checkpoints; 0: one after every iteration
+    resume: str | None = None  # RUN_DIR: go on with this run; --total-timesteps may differ
+    track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline needs no account)
+    wandb_project_name: str = "bounded-ratio-rl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
 
     @model_validator(mode="after")
     def check(self):
@@ -129,6 +93,7 @@ class Args:
 
 
 def ratio_bounds(args):
+    """Bounds (c_l, c_h) of the ratio between new and old policy."""
     return 1 - args.clip_coef, 1 + args.clip_coef
 
 
@@ -144,7 +109,8 @@ def spo_loss(ratio, advantage, clip_coef):
 
 def minibatch_loss(agent, batch, args):
     """The objective on samples, tensors [B, ...]: the loss [] and a dict of statistics []."""
-    policy, value, returns = agent(batch["obs"]), agent.value(batch["obs"]), batch["returns"]
+    obs, returns = batch["obs"], batch["returns"]
+    policy, value = agent(obs), agent.value(obs)
     log_ratio = policy.log_prob(batch["actions"]).sum(-1) - batch["log_probs"]
     advantage = returns - batch["values"]
     if args.norm_adv:
@@ -188,7 +154,7 @@ def mlp(inputs, outputs, output_gain, args):
 
 
 def critic(inputs, args):
-    return nn.Sequential(*mlp(inputs, 1, 1.0, args), nn.Flatten(-2))  # [..., inputs] -> [...]
+    return mlp(inputs, 1, 1.0, args).append(nn.Flatten(-2))  # drops the last axis: [..., inputs] -> [...]
 
 
 class RunningNormalizer(nn.Module):
@@ -227,7 +193,7 @@ class Agent(nn.Module):
         self.obs_stats, self.return_stats = RunningNormalizer(obs_size), RunningNormalizer(1)
         self.register_buffer("discounted_return", torch.zeros(args.num_envs, dtype=torch.float64))
         low, high = torch.as_tensor(action_low), torch.as_tensor(action_high)
-        bounded = torch.maximum(low.abs(), high.abs()) < 1000
+        bounded = torch.maximum(low.abs(), high.abs()) < 1000  # some tasks write a huge number for no bound
         offset, scale = torch.where(bounded, (low + high) / 2, 0.0), torch.where(bounded, (high - low) / 2, 1.0)
         self.register_buffer("action_map", torch.stack([offset, scale, low, high]))
 
@@ -239,12 +205,12 @@ class Agent(nn.Module):
         return self.obs_stats(obs) if self.norm_obs else obs
 
     def scale_rewards(self, rewards, valid, gamma):
-        """Rewards [T, N] over the running standard deviation of the discounted return."""
-        discounted_returns = torch.zeros_like(rewards)
-        for t in range(len(rewards)):
-            self.discounted_return.copy_(rewards[t] + gamma * self.discounted_return * valid[t])
-            discounted_returns[t] = self.discounted_return
-        self.return_stats.update(discounted_returns[valid][:, None])
+        """Rewards [T, N] over the running standard deviation of the discounted return, theirs included."""
+        history = []
+        for reward, running in zip(rewards, valid):  # a dummy step, whose reward is 0, starts the sum anew
+            self.discounted_return = reward + gamma * self.discounted_return * running
+            history.append(self.discounted_return)
+        self.return_stats.update(torch.stack(history)[valid][:, None])
         return (rewards / self.return_stats.std()).clamp(-10, 10)
 
     def to_env(self, action):
@@ -256,12 +222,12 @@ class Agent(nn.Module):
 # --- the environment
 
 
-def make_envs(args, num_envs, entropy):
-    """Environments with seeds drawn from entropy, their observation and action space; BadInput if they do not fit.
+def make_envs(args, num_envs, key):
+    """Environments with seeds drawn from key, their observation and action space; BadInput if the task does not fit.
 
     They reset on the step after the one that ended an episode.
     """
-    seeds = (np.random.SeedSequence(entropy).generate_state(num_envs) & 0x7FFFFFFF).tolist()
+    seeds = (np.random.SeedSequence(key).generate_state(num_envs) & 0x7FFFFFFF).tolist()  # EnvPool wants int32
     gym.logger.min_level = gym.logger.ERROR  # old task versions are asked for on purpose
     try:
         if args.env_backend == "envpool":
@@ -273,14 +239,12 @@ def make_envs(args, num_envs, entropy):
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             sizes = dict(num_envs=num_envs, num_threads=min(num_envs, cores))
             envs = envpool.make(args.env_id, env_type="gymnasium", seed=seeds, **sizes)
-            obs_space, action_space = envs.observation_space, envs.action_space
         else:
-            mode = {"autoreset_mode": gym.vector.AutoresetMode.NEXT_STEP}
-            envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", vector_kwargs=mode)
+            envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="sync")
             envs.reset(seed=seeds)
-            obs_space, action_space = envs.single_observation_space, envs.single_action_space
     except Exception as error:  # whatever a simulator, or what it imports, raises
         raise BadInput(f"{args.env_backend} cannot make {args.env_id}: {one_line(error)}") from None
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
     for name, space in (("observation", obs_space), ("action", action_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             raise BadInput(f"{args.env_id} has no flat Box {name}, which this script needs, but {space}")
@@ -298,7 +262,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     values[t+1] must be the value of the observation that step t returned, also where an episode ended.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    decay = gamma * gae_lambda * ~(terminated | truncated)
+    decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
     advantages, trace = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
         advantages[t] = trace = deltas[t] + decay[t] * trace
@@ -307,13 +271,14 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
 @torch.no_grad()
 def collect(agent, envs, state, args):
-    """Acts for T steps from state, which goes on: the rollout, tensors [T, N, ...], and rows of finished episodes.
+    """T steps from state, which is updated: the rollout, tensors [T, N, ...], and rows of the finished episodes.
 
     The step after an episode's end is a dummy that only resets the simulator: valid is False there. obs has T + 1 rows.
     """
     shape, episodes = (args.num_steps, args.num_envs), []
     obs = torch.zeros(args.num_steps + 1, *state.obs.shape)
-    actions, noise = torch.zeros(*shape, len(agent.log_std)), torch.randn(*shape, len(agent.log_std))
+    actions = torch.zeros(*shape, len(agent.log_std))
+    noise = torch.randn_like(actions)  # all at once: Normal.sample would double the time of acting
     rewards, (valid, terminated, truncated) = np.zeros(shape), np.zeros((3, *shape), bool)
     for t in range(args.num_steps):
         valid[t] = ~state.done
@@ -338,16 +303,17 @@ def collect(agent, envs, state, args):
 
 @torch.no_grad()
 def prepare(agent, rollout, args):
-    """The rollout as samples, tensors [B, ...], without dummies."""
-    obs, rewards = agent.normalize(rollout["obs"]), rollout["rewards"].float()
+    """The rollout as samples, tensors [B, ...], without dummies. They stay as they are for all epochs."""
+    obs, rewards, valid = agent.normalize(rollout["obs"]), rollout["rewards"].float(), rollout["valid"]
     if args.norm_reward:
-        rewards = agent.scale_rewards(rewards, rollout["valid"], args.gamma)
-    ends, values = (rollout["terminated"], rollout["truncated"]), agent.value(obs)
-    _, returns = compute_gae(rewards, values, *ends, args.gamma, args.gae_lambda)
-    obs, actions, policy = obs[:-1], rollout["actions"], agent(obs[:-1])
-    batch = dict(obs=obs, actions=actions, returns=returns, values=values[:-1])
+        rewards = agent.scale_rewards(rewards, valid, args.gamma)
+    values, terminated, truncated = agent.value(obs), rollout["terminated"], rollout["truncated"]
+    _, returns = compute_gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
+    obs, actions = obs[:-1], rollout["actions"]
+    policy = agent(obs)
+    batch = dict(obs=obs, actions=actions, returns=returns, values=values[:-1])  # advantages: returns - values
     batch |= dict(means=policy.mean, stds=policy.stddev, log_probs=policy.log_prob(actions).sum(-1))
-    return {name: x[rollout["valid"]] for name, x in batch.items()}
+    return {name: x[valid] for name, x in batch.items()}
 
 
 def minibatch_gradient(agent, batch, args):
@@ -363,13 +329,14 @@ def minibatch_gradient(agent, batch, args):
 def update(agent, optimizer, gradient_function, batch, args):
     """Epochs of gradient steps; returns the mean of each statistic over all minibatches."""
     (group,), history, samples = optimizer.param_groups, [], len(batch["obs"])
+    (parameters,) = group["params"]
     # The last minibatch is topped up from the first, so that all have one size.
     places = torch.arange(math.ceil(samples / args.minibatch_size) * args.minibatch_size) % samples
     for _ in range(args.update_epochs):
         order = torch.randperm(samples)[places]
-        shuffled = {name: x[order].split(args.minibatch_size) for name, x in batch.items()}
-        for minibatch in zip(*shuffled.values()):
-            group["params"][0].grad, stats = gradient_function(agent, dict(zip(batch, minibatch)), args)
+        shuffled = [x[order].split(args.minibatch_size) for x in batch.values()]
+        for minibatch in zip(*shuffled):
+            parameters.grad, stats = gradient_function(agent, dict(zip(batch, minibatch)), args)
             if args.lr_schedule == "adaptive":
                 group["lr"].copy_(adaptive_learning_rate(group["lr"], stats["kl"], args.desired_kl))
             optimizer.step()
@@ -379,15 +346,15 @@ def update(agent, optimizer, gradient_function, batch, args):
     return {f"losses/{name}": torch.stack([x[name] for x in history]).mean().item() for name in stats}
 
 
-def adaptive_learning_rate(learning_rate, kl, desired_kl):
+def adaptive_learning_rate(lr, kl, desired_kl):
     """RSL-RL's rule, tensors []: KL above twice the goal slows down by 1.5, KL below half of it speeds up by 1.5."""
-    slower, faster = (learning_rate / 1.5).clamp(min=1e-5), (learning_rate * 1.5).clamp(max=1e-2)
-    return torch.where(kl > 2 * desired_kl, slower, torch.where(kl < desired_kl / 2, faster, learning_rate))
+    slower, faster = (lr / 1.5).clamp(min=1e-5), (lr * 1.5).clamp(max=1e-2)
+    return torch.where(kl > 2 * desired_kl, slower, torch.where(kl < desired_kl / 2, faster, lr))
 
 
 @torch.no_grad()
 def measure(agent, batch, args):
-    """Statistics of all samples [B] after the update: the ratios (Figure 7) and the value's fit."""
+    """Statistics of all samples [B]: the ratios after the update (Figure 7), the fit of the values before it."""
     low, high = ratio_bounds(args)
     ratio = (agent(batch["obs"]).log_prob(batch["actions"]).sum(-1) - batch["log_probs"]).exp()
     stats = {"ratio/out_of_bounds": ((ratio < low) | (ratio > high)).float().mean()}
@@ -399,35 +366,36 @@ def measure(agent, batch, args):
 
 
 def make_optimizer(agent, args):
-    """Adam on one vector that all parameters become views of, so that clipping and a step are one operation each."""
+    """Adam on one vector, in the order of minibatch_gradient's, that all parameters become views of: for speed."""
     parameters = list(agent.parameters())
     flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(flat.data, parameters)
-    return torch.optim.Adam([flat], lr=torch.tensor(args.learning_rate), eps=1e-5, fused=True)
+    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
+    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
 
 
 def train(args):
-    """Trains an agent and returns its run's folder. Raises BadInput, before anything is created, or BrokenRun."""
+    """Trains an agent and returns its run's folder. BadInput before anything is created, BrokenRun, SystemExit."""
     torch.set_num_threads(1)  # faster than two for networks of this size
     with Run(args) as run:
         torch.manual_seed(args.seed)
         envs, obs_space, action_space = make_envs(args, args.num_envs, [args.seed, run.step])
         agent = Agent(obs_space.shape[0], action_space.low, action_space.high, args)
         optimizer = make_optimizer(agent, args)
-        run.begin(agent=agent, optimizer=optimizer)
-        learning_rate, gradient_function = optimizer.param_groups[0]["lr"], compiled(minibatch_gradient, args)
-        returns, lengths = np.zeros((2, args.num_envs))
-        state = SimpleNamespace(step=run.step, obs=envs.reset()[0], done=lengths > 0, returns=returns, lengths=lengths)
+        run.begin(agent=agent, optimizer=optimizer)  # restores both, or makes the folder: all is known to fit by now
+        lr, gradient_function = optimizer.param_groups[0]["lr"], compiled(minibatch_gradient, args)
+        done, (returns, lengths) = np.zeros(args.num_envs, bool), np.zeros((2, args.num_envs))
+        state = SimpleNamespace(step=run.step, obs=envs.reset()[0], done=done, returns=returns, lengths=lengths)
         while state.step < args.total_timesteps and not run.stopping:
             if args.lr_schedule == "linear":
-                learning_rate.fill_(args.learning_rate * (1 - state.step / args.total_timesteps))
+                lr.fill_(args.learning_rate * (1 - state.step / args.total_timesteps))
             rollout, episodes = collect(agent, envs, state, args)
             if not rollout["valid"].any():
-                continue
+                continue  # --num-steps 1, and every environment has just been reset
             batch = prepare(agent, rollout, args)
             metrics = update(agent, optimizer, gradient_function, batch, args) | measure(agent, batch, args)
             agent.obs_stats.update(rollout["obs"][:-1][rollout["valid"]])  # only now: the update sees what acting saw
-            run.log(state.step, episodes, metrics | {"charts/learning_rate": learning_rate.item()})
+            run.log(state.step, episodes, metrics | {"charts/learning_rate": lr.item()})
         envs.close()
         return run.finish()
 
@@ -452,9 +420,6 @@ class Run(ExitStack):
     def __init__(self, args):
         super().__init__()
         self.args, self.step, self.stopping, self.saved = args, 0, False, {}
-        if args.track and os.environ.get("WANDB_MODE", "online") == "online":
-            if not importlib.import_module("wandb").login(prompt=False):
-                raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
         if args.resume is not None:
             self.dir = Path(args.resume)
             self.enter_context(FileLock(self.dir / "lock", timeout=0))
@@ -471,10 +436,16 @@ class Run(ExitStack):
     def begin(self, **parts):
         """Restores the parts (modules, optimizers) that checkpoints hold, or makes the folder; opens the logs."""
         self.parts, args = parts, self.args
-        self.restore() if self.saved else self.make_dir()
+        if args.track:
+            import wandb
+
+            if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+                raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
+        about = self.restore() if self.saved else self.make_dir()
+        about["args"] = dataclasses.asdict(args) | {"resume": None}
+        write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
         self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
         if args.track:
-            wandb = importlib.import_module("wandb")
             names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
             wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
             self.callback(wandb.finish)
@@ -489,6 +460,7 @@ class Run(ExitStack):
         self.save()
 
     def make_dir(self):
+        """Makes the folder; returns what args.json is to say besides the settings."""
         name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{time.time():.6f}"
         self.dir = Path(self.args.output_dir, re.sub(r"[^\w.-]", "-", name))
         try:
@@ -499,26 +471,25 @@ class Run(ExitStack):
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         modules = [sys.modules[x] for x in ("torch", "gymnasium", "numpy", "envpool") if x in sys.modules]
-        about = {"format": FORMAT, "script": SCRIPT, "commit": commit, "args": dataclasses.asdict(self.args)}
-        about["versions"] = {module.__name__: module.__version__ for module in modules}
-        write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
+        about = {"format": FORMAT, "script": SCRIPT, "commit": commit, "python": sys.version.split()[0]}
+        return about | {"versions": {module.__name__: module.__version__ for module in modules}}
 
     def restore(self):
+        """Reads all, then changes: the parts, the random state, the logs as they were. Returns args.json."""
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(self.saved[name])
         except (RuntimeError, ValueError, KeyError):
             raise BadInput(f"the checkpoint in {self.dir} does not fit its args.json or the task") from None
-        torch.set_rng_state(self.saved["rng_state"])
         sizes = {self.dir / name: size for name, size in self.saved["log_sizes"].items()}
         if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
             raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
+        about = json.loads((self.dir / "args.json").read_bytes())
+        torch.set_rng_state(self.saved["rng_state"])
         for path, size in sizes.items():
             os.truncate(path, size)  # drops rows written after the checkpoint
         (self.dir / "agent.pt").unlink(missing_ok=True)
-        about = json.loads((self.dir / "args.json").read_bytes())
-        about["args"] = dataclasses.asdict(self.args) | {"resume": None}
-        write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
+        return about
 
     def request_stop(self, number, frame):
         """The first signal ends the run after the iteration, a second one ends the process at once."""
@@ -578,7 +549,7 @@ class Run(ExitStack):
         return str(self.dir)
 
     def stop_message(self):
-        command = shlex.join([sys.executable, str(Path(__file__).resolve()), "--resume", str(self.dir.resolve())])
+        command = shlex.join([sys.executable, os.path.abspath(__file__), "--resume", str(self.dir.resolve())])
         return f"stopped at step {self.step}; go on with: {command}"
 
 
@@ -609,13 +580,16 @@ def load_run(run_dir, name):
     try:
         about = json.loads(Path(run_dir, "args.json").read_bytes())
         if (about["script"], about.get("format")) != (SCRIPT, FORMAT):
-            raise ValueError(f"it was made by {about['script']}.py, of another version if that is this script")
+            raise ValueError(f"it was made by another script or version, {about['script']}.py")
         if missing := vars(Args()).keys() - about["args"].keys():
             raise ValueError(f"args.json lacks {', '.join(sorted(missing))}")
-        args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)
+        args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
-        return args, torch.load(Path(run_dir, name), weights_only=True)
+        checkpoint = torch.load(Path(run_dir, name), weights_only=True)
+        if "agent" not in checkpoint:
+            raise ValueError(f"{name} holds no agent")
+        return args, checkpoint
     except Exception as error:  # damaged files raise many kinds
         raise BadInput(f"cannot use the run {run_dir}: {one_line(error)}") from None
 
@@ -639,14 +613,12 @@ def read_args(words):
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("this script trains in one process: start it without torchrun")
-    if {"--evaluate", "--capture-video"} & set(words):
+    if any(word.startswith(("--evaluate", "--capture")) for word in words):
         raise BadInput("to evaluate and film a run: python enjoy.py RUN_DIR --video")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    run_dir = parser.parse_known_args(words)[0].resume
-    if run_dir is None:
-        return tyro.cli(Args, args=words)
-    saved = dataclasses.replace(load_run(run_dir, "checkpoint.pt")[0], resume=run_dir)
+    args = tyro.cli(Args, args=words)
+    if args.resume is None:
+        return args
+    saved = dataclasses.replace(load_run(args.resume, "checkpoint.pt")[0], resume=args.resume)
     args = tyro.cli(Args, args=words, default=saved)
     for name, value in vars(saved).items():
         if getattr(args, name) != value and name not in MAY_CHANGE:

@@ -3,22 +3,18 @@
     python benchmark/run.py benchmark/suites/smoke.toml
     python benchmark/run.py --tasks Hopper-v4 Ant-v4 --seeds 5 --flags clip_coef=0.2,0.4 --name clip
 
-A run lives in OUTPUT_DIR/SUITE/VARIANT__TASK__SEED/: the script's own run folder, log.txt and lock. The state of a
-sweep is these files alone: the same command goes on after any interruption. docs/benchmark.md says what survives what.
-The exit status is 0 if all runs are complete, 1 if not, 2 for bad input, which is found before anything starts.
+All state is in OUTPUT_DIR/SUITE/VARIANT__TASK__SEED/: the script's run folder, log.txt, lock. So the same command goes on
+after any interruption. Exit status: 0 if all runs are complete, 1 if not, 2 for bad input, found before anything starts.
 """
 
 import contextlib
 import ctypes
 import dataclasses
-import difflib
-import fcntl
 import functools
-import importlib.util
+import importlib
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -31,60 +27,60 @@ import time
 import tomllib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from filelock import lock_descriptor
+from pydantic import BaseModel, Field
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITE_KEYS = dict(script=(str,), tasks=(list,), seeds=(int, list), total_timesteps=(int,), flags=(dict,))
-SUITE_KEYS |= dict(task_flags=(dict,), variants=(list,))
-VARIANT_KEYS = dict(name=(str,), script=(str,), flags=(dict,), task_flags=(dict,))
-# Imported by the reports as well:
+ENDED = ("complete", "failed")
 RUNNERS = ("env_id", "seed", "output_dir", "resume", "evaluate")  # flags that the runner sets
-STATES = ("waiting", "running", "elsewhere", "complete", "failed")
-HARMLESS = (
-    "compile",
-    "cuda_graphs",
-    "device",
-    "checkpoint_interval",
-    "capture_video",
-    "track",
-    "wandb_project",
-)  # do not change what is learned
+MACHINE = ("compile", "cuda_graphs", "device")  # flags that a resumed run takes from the suite
+HARMLESS = (*MACHINE, "checkpoint_seconds", "exp_name", "track", "wandb_project_name", "wandb_entity")
+HARMLESS += ("checkpoint_interval", "capture_video", "wandb_project")  # of scripts in the old form
+os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
 
 
 class BadInput(ValueError):
-    """Input that cannot work: printed as one line, exit status 2."""
+    """One line, exit status 2."""
 
 
 @dataclass
 class Args:
-    suite: Annotated[Path | None, tyro.conf.Positional] = None
-    """suite file (TOML); without one, the next six settings describe the sweep"""
-    tasks: tuple[str, ...] = ()
-    """task names; with a suite: only these of its tasks"""
-    seeds: int | None = None
-    """number of seeds, from 1 (default: 3); with a suite: only its seeds up to this one"""
-    name: str = "sweep"
-    """name of the sweep, the folder of its runs"""
-    scripts: tuple[str, ...] = ("bpo_continuous_action.py",)
-    """training scripts, relative to the project"""
+    suite: Annotated[Path | None, tyro.conf.Positional] = None  # TOML; without it, the next six describe the sweep
+    tasks: tuple[str, ...] = ()  # task names; with a suite: only these
+    seeds: int | None = None  # how many, from 1 (default: 3); with a suite: only those up to this one
+    name: str = "sweep"  # folder of the sweep's runs
+    scripts: tuple[str, ...] = ("bpo_continuous_action.py",)  # training scripts
+    total_timesteps: int | None = None  # environment steps per run; default: the script's
+    flags: tuple[str, ...] = ()  # flags of the scripts, name=value,value,...: each combination is a variant
+    workers: int = os.cpu_count()  # runs at a time
+    output_dir: Path = Path("runs")  # folder that receives the sweep's folder
+    dry_run: bool = False  # print the commands that are left to do, and start nothing
+    cluster: Literal["slurm", "local"] | None = None  # submit through submitit; local: processes of this machine
+    cluster_options: tuple[str, ...] = ()  # submitit's parameters: timeout_min=600 slurm_partition=cpu mem_gb=4
+    allow_script: tuple[Path, ...] = ()  # scripts that may be imported and run though they are not the project's
+
+
+class Variant(BaseModel, extra="forbid", strict=True, hide_input_in_errors=True):
+    name: str | None = Field(None, pattern=r"^[\w.+=-]*\w[\w.+=-]*$")
+    script: str = ""
+    flags: dict[str, Any] = {}
+    task_flags: dict[str, dict[str, Any]] = {}
+
+
+class Suite(Variant):
+    tasks: list[str] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1, max_length=10_000)
     total_timesteps: int | None = None
-    """environment steps per run; default: the script's"""
-    flags: tuple[str, ...] = ()
-    """flags of the scripts: name=value or name=value,value,...; each combination is a variant"""
-    workers: int = os.cpu_count()
-    """runs at a time"""
-    output_dir: Path = Path("runs")
-    """folder that receives the sweep's folder"""
-    dry_run: bool = False
-    """print the commands that would be started, and start nothing"""
-    cluster: Literal["slurm", "local"] | None = None
-    """submit the runs as a job array through submitit; local: as its processes on this machine"""
-    cluster_options: tuple[str, ...] = ()
-    """submitit's parameters as name=value: timeout_min=600 slurm_partition=cpu mem_gb=4"""
+    variants: list[Variant] = Field([Variant()], min_length=1)
 
 
 @dataclass
@@ -94,13 +90,13 @@ class Run:
     name: str
     folder: Path
     script: Path
-    settings: dict  # all of the script's settings
-    defaults: dict  # the script's
-    words: list[str]  # the command's words after the script
-    state: str = "waiting"  # one of STATES; elsewhere: another runner has it
-    attempts: int = 0
-    process: subprocess.Popen | None = None
-    lock: int | None = None
+    flags: dict  # of its first command
+    settings: dict  # all of the script's
+    state: str = field(default="waiting", init=False)  # running, stopped, complete, failed; elsewhere: another has it
+    attempts: int = field(default=0, init=False)
+    process: subprocess.Popen | None = field(default=None, init=False)
+    lock: int | None = field(default=None, init=False)
+    job: Any = field(default=None, init=False)  # submitit's
 
     def folders(self, *holding):
         """The script's run folders that hold all these files, the oldest first."""
@@ -108,109 +104,89 @@ class Run:
         return [path for path in found if all((path / name).exists() for name in holding)]
 
     def complete(self):
-        return any(self.folders(agent, "evaluation.json") for agent in ("agent.pt", "model"))
+        also = [] if "checkpoint_seconds" in self.settings else ["evaluation.json"]  # the old form's last file
+        return any(self.folders(agent, *also) for agent in ("agent.pt", "model"))
 
     def command(self):
-        """The command that starts the run, or that resumes it if there is a checkpoint."""
-        words = self.words
+        flags = self.flags
         if folders := self.folders("checkpoint.pt"):
-            machine = {"--compile", "--no-compile", "--cuda-graphs", "--no-cuda-graphs", "--device", "cpu", "cuda"}
-            kept = [word for word in words if word in machine]
-            words = [*kept, "--resume", str(folders[-1])]  # all else is in the run's args.json
-        return [sys.executable, str(self.script), *words]
+            flags = {x: flags[x] for x in MACHINE if x in flags} | {"resume": folders[-1]}
+        return [sys.executable, str(self.script), *words(flags)]
 
-    def check_settings(self):
+    def check_settings(self, wanted, defaults):
         """BadInput if the folder holds a run with other settings, which must be neither resumed nor taken for this."""
-        for folder in self.folders("args.json", "checkpoint.pt"):
-            about = json.loads((folder / "args.json").read_text())
-            wanted = {"script": self.script.stem, **json.loads(json.dumps(self.settings))}
-            found = {**json.loads(json.dumps(self.defaults)), "script": about["script"], **about["args"]}
-            differing = [f"{k}={found[k]}" for k in wanted if found[k] != wanted[k] and k not in RUNNERS + HARMLESS]
-            if differing:
-                raise BadInput(f"{folder} has other settings ({', '.join(differing)}): move it or rename the sweep")
+        for folder in self.folders("args.json"):
+            try:
+                about = json.loads((folder / "args.json").read_bytes())
+                found = defaults | about["args"] | {"script": about["script"], "format": about.get("format")}
+            except (ValueError, LookupError, TypeError, AttributeError):
+                raise BadInput(f"{folder} has a damaged args.json: move it or rename the sweep") from None
+            other = [f"{x}={found[x]}" for x in wanted if found[x] != wanted[x] and x not in RUNNERS + HARMLESS]
+            if other:
+                raise BadInput(f"{folder} has other settings ({', '.join(other)}): move it or rename the sweep")
 
-    def advance(self, may_start=True, stopping=False):
+    def advance(self, stopping=False):
         """Starts, retries or closes the run if it is time to; returns a line to print, or None."""
-        if self.process and self.process.poll() is not None:
-            status, self.process = self.process.returncode, None
-            if self.complete():
-                return self.close("complete")
-            if stopping:
-                self.close("waiting")
-                return f"stopped: {self.name}"
-            if self.attempts == 2:
-                return self.close("failed", f" again (exit status {status})")
-            return f"crashed: {self.name} (exit status {status}), {self.start() or 'retrying'}"
-        if not self.process and self.state in ("waiting", "elsewhere") and may_start:
-            return self.start()
-
-    def start(self):
-        """Locks the run and starts its process; returns a line to print if it turns out complete or impossible."""
+        if self.process and self.process.poll() is None:
+            return None
+        crash, self.process = f" (exit status {self.process.returncode})" if self.process else "", None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.lock is None:
-                self.lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self.complete():  # another runner may have finished it before the lock was ours
+            self.lock = self.lock or os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+            if not lock_descriptor(self.lock, blocking=False):
+                self.close("elsewhere")
+                return None
+            if self.complete():
                 return self.close("complete")
-            for folder in self.folders():
-                if not (folder / "checkpoint.pt").exists():
-                    shutil.rmtree(folder)  # killed within its first iteration: nothing to resume
-            threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
-            with (self.folder / "log.txt").open("a") as log:
-                print("$", shlex.join(self.command()), file=log, flush=True)
-                self.process = subprocess.Popen(
-                    self.command(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env=os.environ | dict.fromkeys(threads, "1"),
-                    pass_fds=[self.lock],  # the training process holds the lock too: it lives as long as either of us
-                    start_new_session=True,  # Ctrl-C reaches the runner only, which passes it on
-                    preexec_fn=tie_to_runner,
-                )
-        except BlockingIOError:
-            os.close(self.lock)
-            self.lock, self.state = None, "elsewhere"
-            return
+            if stopping or self.attempts == 2:
+                return self.close("stopped" if stopping else "failed", crash)
+            self.start()
         except OSError as error:
             return self.close("failed", f": {error}")
+        return f"crashed: {self.name}{crash}, retrying" if crash else None
+
+    def start(self):
+        """Starts the process. It inherits the open lock, which is thus held until both it and the runner are gone."""
+        for folder in set(self.folders()) - set(self.folders("checkpoint.pt")):
+            shutil.rmtree(folder)  # killed before its first checkpoint: nothing to resume
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
+        options = dict(stdin=subprocess.DEVNULL, env=os.environ | threads, pass_fds=[self.lock])
+        options |= dict(preexec_fn=tie_to_runner, start_new_session=True)  # Ctrl-C reaches the runner only
+        with (self.folder / "log.txt").open("a") as log:
+            print("$", shlex.join(self.command()), file=log, flush=True)
+            self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, **options)
         self.state, self.attempts = "running", self.attempts + 1
 
     def close(self, state, why=""):
-        """Sets the final state and unlocks the run; returns the line that reports it."""
-        self.state = state
-        if self.lock is not None:
+        """Sets the state and unlocks the run; returns the line that reports it, for a failed run with its log's end."""
+        if self.lock:
             os.close(self.lock)
-        self.lock = None
-        return f"{state}: {self.name}{why}" + (f"\n{self.log_end()}" if state == "failed" else "")
+        self.state, self.lock = state, None
+        end = [f"{why}, the end of {self.folder}/log.txt:", *self.log()[-10:]] if state == "failed" else []
+        return f"{state}: {self.name}" + "\n    ".join(end)
 
-    def log_end(self):
-        """The last lines of the run's log, indented."""
-        log = self.folder / "log.txt"
-        lines = log.read_text(errors="replace").splitlines()[-10:] if log.exists() else ["(empty)"]
-        return "\n    ".join([f"    the last lines of {log}:", *lines])
+    def log(self):
+        path = self.folder / "log.txt"
+        return path.read_text(errors="replace").splitlines() if path.exists() else []
 
-    def progress(self):
-        """(step, steps per second, mean return) of the last iteration in metrics.csv; zeros before the first."""
-        try:
-            with (self.folders("metrics.csv")[-1] / "metrics.csv").open("rb") as file:
-                names = file.readline().decode().strip().split(",")
-                file.seek(max(file.tell(), file.seek(0, os.SEEK_END) - 4096))
-                row = dict(zip(names, file.read().split(b"\n")[-2].decode().split(",")))
-            mean_return = row["charts/mean_return_100"] if "charts/mean_return_100" in row else row["reward"]
-            return int(row["step"]), float(row["charts/SPS"]), float(mean_return)
-        except (OSError, IndexError, KeyError, ValueError):
-            return 0, 0.0, math.nan
+    def step(self):
+        """The step that the log told last."""
+        told, end = re.findall(r"\bstep (\d+)", "\n".join(self.log())), self.settings["total_timesteps"]
+        return end if self.state == "complete" else min(int(told[-1]), end) if told else 0
+
+    def watch(self):
+        """Takes the state from the job; returns a line to print if it has ended, else None."""
+        self.state = "elsewhere"
+        if self.job.done():
+            done = self.job.exception() is None or self.complete()  # a shared disk may show the files late
+            return self.close("complete" if done else "failed", f" (job {self.job.job_id})")
 
     def __call__(self):
-        """Trains to the end, within a job of submitit; RuntimeError if that fails."""
-        while self.state not in ("complete", "failed"):
-            if line := self.advance():
-                print(line, flush=True)
-            time.sleep(0.5)
+        while self.state not in ENDED:
+            print(self.advance() or "", flush=True)
+            time.sleep(1)
         if self.state == "failed":
-            raise RuntimeError(f"{self.name} failed: see {self.folder / 'log.txt'}")
+            raise RuntimeError(self.name)
 
     def checkpoint(self):
         """submitit calls this before the job's time is up: saves the training, and asks for another turn."""
@@ -219,9 +195,7 @@ class Run:
         if self.process:
             self.process.terminate()
             self.process.wait()
-        return submitit.helpers.DelayedSubmission(
-            dataclasses.replace(self, process=None, lock=None, state="waiting", attempts=0)
-        )
+        return submitit.helpers.DelayedSubmission(dataclasses.replace(self))
 
 
 def tie_to_runner():
@@ -232,312 +206,223 @@ def tie_to_runner():
 
 
 def words(flags):
-    """Flags as words of a command: {"norm_obs": False, "gamma": 0.9} -> ["--no-norm-obs", "--gamma", "0.9"]"""
-    named = [(name.replace("_", "-"), value) for name, value in flags.items()]
-    each = [[f"--{'' if x else 'no-'}{name}"] if isinstance(x, bool) else [f"--{name}", str(x)] for name, x in named]
-    return list(itertools.chain.from_iterable(each))
+    """{"norm_obs": False, "gamma": 0.9, "sizes": [8, 8]} -> --no-norm-obs --gamma 0.9 --sizes 8 8"""
+    result = []
+    for name, value in flags.items():
+        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+        result += [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, values)]
+    return result
 
 
-@functools.cache
-def load_script(script):
-    """The script as a module, which runs nothing; BadInput if it is none that can be run here."""
-    path = ROOT / script
-    if path.suffix != ".py" or not path.is_file():
-        raise BadInput(f"there is no script {script}")
-    spec = importlib.util.spec_from_file_location(f"sweep_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+def parse(kind, command, program):
+    """Args from the words of a command; BadInput if they do not fit."""
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise BadInput(f"cannot import {script}: {type(error).__name__}: {error}") from None
-    if not (dataclasses.is_dataclass(getattr(module, "Args", None)) and hasattr(module, "check_args")):
-        raise BadInput(f"{script} is no training script: it has no Args and check_args")
-    return module
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            return tyro.cli(kind, args=command, prog=program)
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        raise BadInput(said.getvalue()) from None
 
 
-def read_flags(script, flags):
-    """The script's Args with these flags; BadInput if it does not take them."""
-    module = load_script(script)
-    known = [field.name for field in dataclasses.fields(module.Args)]
-    for name in flags:
-        if name in RUNNERS:
-            raise BadInput(f"the runner sets {name} itself")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            raise BadInput(f"{script} has no flag {name}" + f": did you mean {close[0]}?" * bool(close))
-
-    def parse(some):
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # tyro explains itself in a box of many lines
-                return tyro.cli(module.Args, args=words(some))
-        except SystemExit:
-            return None
-
-    if (parsed := parse(flags)) is None:
-        wrong = next({name: value} for name, value in flags.items() if parse({name: value}) is None)
-        raise BadInput(f"{script} does not take {shlex.join(words(wrong))}")
-    return parsed
+def load_script(script, allowed):
+    """The script as a module, which runs nothing; BadInput if it may not be imported."""
+    path = (ROOT / script).resolve()
+    own = path.parent == ROOT and re.fullmatch(r"(bpo|ppo|gbpo|grpo)_\w+\.py", path.name)
+    if not own and path not in [other.resolve() for other in allowed]:
+        raise BadInput(f"{script or 'no script'} is none of the project's: --allow-script lets others run")
+    sys.path.insert(0, str(path.parent))
+    try:
+        return importlib.import_module(path.stem)
+    except Exception as error:
+        raise BadInput(f"cannot import {script}: {error}") from None
 
 
 @functools.cache
-def check_task(script, env_id, env_backend):
-    """BadInput if the script cannot train on this task."""
-    module = load_script(script)
+def check_task(module, **settings):
     if hasattr(module, "make_envs"):
-        backend = {"env_backend": env_backend} if env_backend else {}
-        module.make_envs(module.Args(env_id=env_id, **backend), 1, 0)[0].close()
+        module.make_envs(module.Args(**settings), 1, 0)[0].close()
 
 
-def check_table(table, keys, where):
-    """BadInput if the table has a key that is not in keys, or a value that is of none of the types keys gives it."""
-    if not isinstance(table, dict):
-        raise BadInput(f"{where} must be a table, got {table!r}")
-    for key, value in table.items():
-        if key not in keys:
-            raise BadInput(f"{where} has the unknown key {key}: known are {', '.join(keys)}")
-        if type(value) not in keys[key]:
-            kinds = {str: "a string", int: "a whole number", list: "a list", dict: "a table"}
-            raise BadInput(f"{where}: {key} must be {' or '.join(kinds[x] for x in keys[key])}, got {value!r}")
-
-
-def plan(suite, name, output_dir):
+def plan(suite, args):
     """The runs of a suite, all variants and tasks of a seed before the next seed; BadInput if something is wrong."""
-    check_table(suite, SUITE_KEYS, name)
-    tasks, seeds, runs = suite.get("tasks"), suite.get("seeds", 1), {}
-    if not tasks or not all(isinstance(task, str) for task in tasks):
-        raise BadInput(f"{name}: tasks must name at least one task")
-    seeds = list(range(1, seeds + 1)) if isinstance(seeds, int) else seeds
-    if not seeds or any(type(seed) is not int for seed in seeds):
-        raise BadInput(f"{name}: seeds must be a number of seeds, at least 1, or a list of seeds, got {suite['seeds']}")
-    for variant in suite.get("variants") or [{}]:
-        check_table(variant, VARIANT_KEYS, f"{name}: a variant")
-        script = variant.get("script", suite.get("script"))
-        if script is None:
-            raise BadInput(f"{name}: no script is given")
-        label = variant.get("name", Path(script).stem)
-        if not re.fullmatch(r"[\w.+=-]*\w[\w.+=-]*", label):
-            raise BadInput(f"{name}: a variant's name takes letters, digits and _.+=- and not {label!r}")
-        task_tables = suite.get("task_flags", {}), variant.get("task_flags", {})
-        for table in task_tables:
-            check_table(table, dict.fromkeys(tasks, (dict,)), f"{name}, {label}: task_flags")
-        for task in tasks:
-            flags = {"checkpoint_interval": 1}  # after every iteration, so that kill -9 costs no more than that
-            flags |= {"total_timesteps": suite["total_timesteps"]} if "total_timesteps" in suite else {}
-            flags |= suite.get("flags", {}) | task_tables[0].get(task, {})
-            flags |= variant.get("flags", {}) | task_tables[1].get(task, {})
-            try:
-                parsed = dataclasses.replace(read_flags(script, flags), env_id=task)
-                check_task(script, task, getattr(parsed, "env_backend", None))
-                for seed in seeds:
-                    settings = dataclasses.replace(parsed, seed=seed)
-                    load_script(script).check_args(settings)
-                    run_name = f"{label}__{task.replace('/', '-')}__{seed}"
-                    if run_name in runs:
-                        raise BadInput(f"two runs have the name {run_name}")
-                    folder = output_dir / name / run_name
-                    start = words({"env_id": task, "seed": seed} | flags | {"output_dir": folder})
-                    defaults = dataclasses.asdict(load_script(script).Args())  # of flags younger than a run
-                    run = Run(run_name, folder, ROOT / script, dataclasses.asdict(settings), defaults, start)
-                    run.check_settings()
-                    runs[run_name] = run
-            except ValueError as error:  # the script's own BadInput, too
-                raise BadInput(f"{name}, {label}, {task}: {error}") from None
-    return sorted(runs.values(), key=lambda run: seeds.index(run.settings["seed"]))
+    runs = {}
+    for variant, task in itertools.product(suite.variants, suite.tasks):
+        script = variant.script or suite.script
+        label = variant.name or Path(script).stem
+        try:
+            module = load_script(script, args.allow_script)
+            flags = {} if suite.total_timesteps is None else {"total_timesteps": suite.total_timesteps}
+            if hasattr(module.Args, "checkpoint_interval"):  # the old form: kill -9 is to cost one iteration only
+                flags["checkpoint_interval"] = 1
+            for part in (suite, variant):
+                flags |= part.flags | part.task_flags.get(task, {})
+            parsed, default = parse(module.Args, words(flags), script), module.Args()
+            if any(x in flags or getattr(parsed, x, 0) != getattr(default, x, 0) for x in RUNNERS):
+                raise BadInput(f"the runner itself sets {', '.join(RUNNERS)}")
+            check_task(module, env_id=task, **{x: y for x, y in vars(parsed).items() if x == "env_backend"})
+            for seed in suite.seeds:
+                settings = dataclasses.replace(parsed, env_id=task, seed=seed)
+                if hasattr(module, "check_args"):  # the old form
+                    module.check_args(settings)
+                name = f"{label}__{task.replace('/', '-')}__{seed}"
+                if name in runs:
+                    raise BadInput(f"two runs have the name {name}")
+                folder = args.output_dir / suite.name / name
+                command = {"env_id": task, "seed": seed} | flags | {"output_dir": folder}
+                settings, defaults = (json.loads(json.dumps(vars(x))) for x in (settings, default))
+                runs[name] = Run(name, folder, ROOT / script, command, settings)
+                about = {"script": Path(script).stem, "format": getattr(module, "FORMAT", None)}
+                runs[name].check_settings(settings | about, defaults)
+        except ValueError as error:  # the script's own BadInput and pydantic's ValidationError, too
+            raise BadInput(f"{suite.name}, {label}, {task}: {error}") from None
+    return sorted(runs.values(), key=lambda run: suite.seeds.index(run.settings["seed"]))
 
 
-def narrow(runs, args):
-    """The runs of --tasks and of --seeds; BadInput if there are none."""
-    known = sorted({run.settings["env_id"] for run in runs})
-    for task in args.tasks:
-        if task not in known:
-            raise BadInput(f"the suite has no task {task}: it has {', '.join(known)}")
-    chosen = [run for run in runs if not args.tasks or run.settings["env_id"] in args.tasks]
-    chosen = [run for run in chosen if args.seeds is None or run.settings["seed"] <= args.seeds]
-    if not chosen:
-        raise BadInput(f"the suite has no seed up to {args.seeds}")
-    return chosen
+def describe(args):
+    """The sweep of the command line, as a suite file has it."""
+    options = [option.partition("=") for option in args.flags]
+    choices, variants = [[(name, value) for value in values.split(",")] for name, _, values in options], []
+    for script, *chosen in itertools.product(args.scripts, *choices):
+        flags = {name: {"true": True, "false": False}.get(value, value) for name, value in chosen}
+        label = "+".join([Path(script).stem, *map("=".join, chosen)])
+        variants.append({"name": label, "script": script, "flags": flags})
+    suite = dict(name=args.name, tasks=list(args.tasks), seeds=3 if args.seeds is None else args.seeds)
+    return suite | dict(total_timesteps=args.total_timesteps, variants=variants)
 
 
 def read_suite(args):
-    """The suite as a table, from the file or from the command line, and its name; BadInput if it cannot be read."""
-    described = [x.name for x in dataclasses.fields(Args)[3:7] if getattr(args, x.name) != x.default]
-    if args.suite and described:
-        raise BadInput(f"give a suite file or --{described[0].replace('_', '-')}, not both")
-    if args.suite:
-        try:
-            return tomllib.loads(args.suite.read_text()), args.suite.stem
-        except OSError as error:
-            raise BadInput(f"cannot read {args.suite}: {error.strerror}") from None
-        except ValueError as error:
-            raise BadInput(f"{args.suite} is not TOML: {error}") from None
-    if not re.fullmatch(r"[\w.+=-]*\w[\w.+=-]*", args.name):
-        raise BadInput(f"--name takes letters, digits and _.+=- and not {args.name!r}")
-    suite = {"tasks": list(args.tasks), "seeds": 3 if args.seeds is None else args.seeds, "variants": []}
-    suite |= {"total_timesteps": args.total_timesteps} if args.total_timesteps is not None else {}
-    named = [split_option(text) for text in args.flags]
-    if twice := next((name for name, count in Counter(name for name, _ in named).items() if count > 1), None):
-        raise BadInput(f"--flags gives {twice} more than once: write {twice}=value,value")
-    choices = [[(name, value) for value in values.split(",")] for name, values in named]
-    for script, *chosen in itertools.product(args.scripts, *choices):
-        label = "+".join([Path(script).stem, *(f"{name}={value}" for name, value in chosen)])
-        flags = {name: {"true": True, "false": False}.get(value, value) for name, value in chosen}
-        suite["variants"].append({"name": label, "script": script, "flags": flags})
-    return suite, args.name
-
-
-def split_option(text):
-    """("name", "value") from "name=value"; BadInput if it is not that."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise BadInput(f"options are written name=value, got {text}")
-    return name.replace("-", "_"), value
-
-
-class Board:
-    """The table of running runs, redrawn in place on a terminal; elsewhere a line now and then."""
-
-    def __init__(self, runs):
-        self.runs, self.start_time, self.drawn = runs, time.time(), 0
-        self.first_steps, self.next_time, self.live = self.steps(), 0.0, sys.stdout.isatty()
-
-    def steps(self):
-        """Steps made so far by all runs that have not failed."""
-        runs = [(x, x.settings["total_timesteps"]) for x in self.runs if x.state != "failed"]
-        return sum(n if x.state == "complete" else min(x.progress()[0], n) for x, n in runs)
-
-    def say(self, text):
-        try:
-            if self.drawn:
-                print(f"\x1b[{self.drawn}F\x1b[J", end="")  # back to the table's first line, and clear from there
-                self.drawn = 0
-            print(text, flush=True)
-        except OSError:  # the terminal or the pipe is gone, but the runs must still be seen to
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    def draw(self, last=False):
-        if time.time() < self.next_time and not last:
-            return
-        self.next_time = time.time() + (1 if self.live else 30)
-        counts = {state: sum(run.state == state for run in self.runs) for state in STATES}
-        total = sum(x.settings["total_timesteps"] for x in self.runs if x.state != "failed")
-        steps = self.steps()
-        rate = (steps - self.first_steps) / (time.time() - self.start_time)
-        summary = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        lines = [f"{len(self.runs)} runs: {summary}; {duration((total - steps) / rate) if rate else '?'} left"]
-        if self.live and not last:
-            lines.append(f"{'run':<36}{'step':>11}{'done':>6}{'return':>9}{'steps/s':>9}{'left':>8}")
-            for run in (x for x in self.runs if x.state in ("running", "elsewhere")):
-                (step, speed, mean_return), end = run.progress(), run.settings["total_timesteps"]
-                left = duration((end - step) / speed) if speed else "?"
-                lines.append(f"{run.name:<36.36}{step:>11,}{step / end:>6.0%}{mean_return:>9.1f}{speed:>9.0f}{left:>8}")
-            size = shutil.get_terminal_size()  # a line that wraps, or a table that scrolls, could not be redrawn
-            lines = [line[: size.columns - 1] for line in lines[: size.lines - 1]]
-        self.say("\n".join(lines))
-        self.drawn = len(lines) if self.live and not last else 0
-
-
-def duration(seconds):
-    minutes = max(int(seconds), 0) // 60
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{max(int(seconds), 0) % 60:02}s"
-
-
-def submit(runs, suite_name, args):
-    """Submits the runs as one job array: submitit's jobs, in the order of the runs. BadInput if submitit refuses."""
+    """The sweep that the arguments ask for; BadInput if they do not describe one."""
+    described = (args.name, args.scripts, args.total_timesteps, args.flags)
+    if args.suite and described != (Args.name, Args.scripts, None, ()):
+        raise BadInput("give a suite file or --name, --scripts, --total-timesteps and --flags, not both")
     try:
-        import submitit
-    except ImportError:
-        raise BadInput("submitit is not installed") from None
-    options = dict(map(split_option, args.cluster_options))
-    options = {name: int(x) if x.isdecimal() else x for name, x in options.items()}
+        table = {"name": args.suite.stem} | tomllib.loads(args.suite.read_text()) if args.suite else describe(args)
+        if type(seeds := table.setdefault("seeds", 1)) is int:
+            table["seeds"] = list(range(1, min(seeds, 10_001) + 1))
+        suite = Suite.model_validate(table)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{args.suite or 'command line'}: {error}") from None
+    for task in {*args.tasks}.union(*(part.task_flags for part in (suite, *suite.variants))) - {*suite.tasks}:
+        raise BadInput(f"the suite has no task {task}: it has {', '.join(suite.tasks)}")
+    suite.tasks = [task for task in suite.tasks if not args.tasks or task in args.tasks]
+    suite.seeds = [seed for seed in suite.seeds if args.seeds is None or seed <= args.seeds]
+    if not suite.seeds:
+        raise BadInput(f"the suite has no seed up to {args.seeds}")
+    return suite
+
+
+def board(runs, begin):
+    """A line that sums up the sweep, and a table of running runs. begin: time and steps then."""
+    going = [run for run in runs if run.state != "failed"]
+    step, end = sum(run.step() for run in going), sum(run.settings["total_timesteps"] for run in going)
+    seconds = (end - step) * (time.time() - begin[0]) / max(step - begin[1], 1e-9)
+    left = timedelta(seconds=round(seconds)) if seconds < 1e9 else "?"
+    states = sorted(Counter(run.state for run in runs).items(), reverse=True)
+    table = Table("run", "done", "the last line of its log", box=None)
+    for run in (run for run in runs if run.state in ("running", "elsewhere")):
+        table.add_row(run.name, f"{run.step() / run.settings['total_timesteps']:.0%}", *run.log()[-1:])
+    return f"{len(runs)} runs: {', '.join(f'{n} {state}' for state, n in states)}; {left} left", table
+
+
+def show(function, *arguments, **options):
+    """Calls a function that prints. A terminal or pipe that went away must not end the runner."""
+    try:
+        function(*arguments, **options)
+    except (OSError, SystemExit):  # rich makes SystemExit of a broken pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+say = functools.partial(show, print, flush=True)
+
+
+def submit(runs, suite, args):
+    """Submits the runs as one job array, in their order. BadInput if submitit refuses."""
+    import submitit
+
     # A job whose time is up resumes in a new turn, so that its limit need not cover a run.
-    limits = {"timeout_min": 240, "cpus_per_task": 1, "slurm_array_parallelism": args.workers}
+    options = dict(timeout_min=240, cpus_per_task=1, slurm_array_parallelism=args.workers, name=suite.name)
+    for name, _, value in (option.partition("=") for option in args.cluster_options):
+        options[name] = int(value) if value.isdecimal() else value
     try:
-        folder = args.output_dir / suite_name / ".submitit"
+        folder = args.output_dir / suite.name / ".submitit"
         executor = submitit.AutoExecutor(folder, cluster=args.cluster, slurm_max_num_timeout=1000)
-        executor.update_parameters(name=suite_name, **limits | options)
-    except (RuntimeError, NameError, ValueError, AssertionError) as error:
-        raise BadInput(f"submitit: {str(error).splitlines()[0]}") from None
+        executor.update_parameters(**options)
+    except Exception as error:
+        raise BadInput(f"submitit: {error}") from None
     with executor.batch():
-        return [executor.submit(run) for run in runs]
+        jobs = [executor.submit(run) for run in runs]
+    for run, job in zip(runs, jobs):
+        run.job = job
+
+
+def follow(runs, workers):
+    """Moves the runs on until all have ended, or signals have stopped them; returns the signals."""
+    signals, passed_on, next_time, begin = [], 0, 0, (time.time(), sum(run.step() for run in runs))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+            signal.signal(number, lambda number, _: signals.append(number))
+    live = Live(auto_refresh=False, transient=True) if sys.stdout.isatty() else None  # auto_refresh is a thread
+    with live or contextlib.nullcontext():
+        while left := [run for run in runs if run.state not in ENDED]:
+            for run in left:
+                may_start = not signals and sum(x.process is not None for x in left) < workers
+                move = run.watch if run.job else run.advance if run.process or may_start else None
+                if move and (line := move(bool(signals))):
+                    say(line)
+            running = [run for run in left if run.process]
+            if signals and not running:
+                break
+            for run in running if len(signals) > passed_on else []:  # the first one saves, the second one kills
+                run.process.send_signal(signal.SIGKILL if passed_on else signal.SIGTERM)
+            passed_on = len(signals)
+            if time.time() > next_time:
+                next_time, (line, table) = time.time() + (1 if live else 30), board(runs, begin)
+                show(live.update, Group(line, table), refresh=True) if live else say(line)
+            time.sleep(0.2)
+    say(board(runs, begin)[0])
+    return signals
 
 
 def main(args):
     """Runs the sweep or prints its commands; returns the exit status."""
-    if args.workers < 1:
-        raise BadInput(f"--workers must be at least 1, got {args.workers}")
-    if args.cluster_options and not args.cluster:
-        raise BadInput("--cluster-options needs --cluster")
-    suite, suite_name = read_suite(args)
-    # In a process of its own: the scripts' libraries would leave threads behind, and Linux sends the signal that
+    if args.workers < 1 or args.cluster_options and not args.cluster:
+        raise BadInput("--workers must be at least 1, and --cluster-options needs --cluster")
+    suite = read_suite(args)
+    # In a process of its own: the scripts' libraries leave threads behind, and Linux sends the signal that
     # tie_to_runner asks for when each of the runner's threads dies, but the second SIGTERM ends a script unsaved.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        runs = pool.submit(plan, suite, suite_name, args.output_dir).result()
-    runs = narrow(runs, args)
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, fork, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+        runs = pool.submit(plan, suite, args).result()
     for run in runs:
-        if run.complete():
-            run.state = "complete"
-    todo = [run for run in runs if run.state != "complete"]
-    resumable = sum(bool(run.folders("checkpoint.pt")) for run in todo)
-    about = (
-        f"{len(runs)} runs, {len(runs) - len(todo)} complete, {resumable} to resume, {len(todo) - resumable} to start"
-    )
+        run.state = "complete" if run.complete() else "waiting"
+    todo, folder = [run for run in runs if run.state not in ENDED], args.output_dir / suite.name
+    resumable, done = sum(bool(run.folders("checkpoint.pt")) for run in todo), len(runs) - len(todo)
+    about = f"{len(runs)} runs, {done} complete, {resumable} to resume, {len(todo) - resumable} to start"
     if args.dry_run:
-        print("\n".join(shlex.join(run.command()) for run in todo))
+        say("\n".join(shlex.join(run.command()) for run in todo))
         print(about, file=sys.stderr)
         return 0
     try:
-        (args.output_dir / suite_name).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"cannot make {args.output_dir / suite_name}: {error.strerror}") from None
-    print(f"{suite_name}: {about}; {args.output_dir / suite_name}", flush=True)
-    jobs = submit(todo, suite_name, args) if args.cluster and todo else []
-    signals, passed_on = [], 0
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda number, _: signals.append(number))
-    board = Board(runs)
-    while True:
-        for run, job in itertools.zip_longest(todo, jobs):
-            if not args.cluster:
-                free = sum(bool(x.process) for x in todo) < args.workers
-                line = run.advance(may_start=free and not signals, stopping=bool(signals))
-            else:
-                line = watch(run, job)
-            if line:
-                board.say(line)
-        if len(signals) > passed_on:
-            passed_on = len(signals)
-            for run in (x for x in todo if x.process):
-                run.process.send_signal(signal.SIGTERM if passed_on == 1 else signal.SIGKILL)
-        if all(x.state in ("complete", "failed") for x in todo) or (signals and not any(x.process for x in todo)):
-            break
-        board.draw()
-        time.sleep(0.2 if not args.cluster else 2)
-    board.draw(last=True)
-    failed = [run.name for run in runs if run.state == "failed"]
-    if failed:
-        print(f"failed: {', '.join(failed)}")
+        raise BadInput(f"cannot make {folder}: {error.strerror}") from None
+    say(f"{about}; {folder}")
+    if args.cluster and todo:
+        submit(todo, suite, args)
+    signals = follow(runs, args.workers)
+    if failed := [run.name for run in runs if run.state == "failed"]:
+        say("failed:", ", ".join(failed))
     if signals:
-        jobs_go_on = f"; {len(jobs)} jobs go on ({jobs[0].job_id}, ...)" if jobs else ""
-        print(f"stopped: the same command goes on from here{jobs_go_on}")
+        say("stopped: the same command goes on from here" + "; the jobs go on" * bool(args.cluster))
     return 0 if all(run.state == "complete" for run in runs) else 1
-
-
-def watch(run, job):
-    """Takes the run's state from its job and files; returns a line to print if it has ended, else None."""
-    if run.state in ("complete", "failed"):
-        return
-    if job.done():  # its answer first: a shared disk may show the files late
-        done = job.exception() is None or run.complete()
-        return run.close("complete") if done else run.close("failed", f" (job {job.job_id}, {job.state})")
-    run.state = "running" if run.folders("checkpoint.pt") else "waiting"
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(tyro.cli(Args)))
+        sys.exit(main(parse(Args, None, None)))
     except BadInput as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print("error:", *re.sub("[─│╭╮╰╯]", " ", str(error)).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("stopped before anything was started")

@@ -1,121 +1,61 @@
-"""Training speed beside Stable-Baselines3's PPO: the same task, network, batch, epochs and environments on one core.
+"""Training speed of the scripts beside their peers, measured in turn on the same cores.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/speed.py
+    python benchmark/speed.py --pair continuous
+    python benchmark/speed.py --pair continuous --extra-flags "--no-compile --num-envs 8" --extra-flags "--gamma 0.9"
+    python benchmark/speed.py --pair mjlab --device cuda --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096
 
-All run in turn, round by round, pinned to one core, so that they share whatever else the machine is doing. A figure is
-steps per second of wall time after the warm-up: acting, simulation, learning and logging. Imports, compilation and the
-final evaluation are given apart, in seconds.
+All programs of a pair run round by round, pinned to the same cores, so that they share whatever else the machine is
+doing. A figure is steps (llm: completion tokens) per second of wall time after the warm-up: acting, simulation,
+learning and logging. A ratio is to the peer in the same round. Imports, compilation and the end are given apart.
+
+pair        peer, with the same task, networks and settings
+continuous  Stable-Baselines3's PPO (MlpPolicy, make_vec_env): 4 environments, 512 steps, 10 epochs
+atari       Stable-Baselines3's PPO (CnnPolicy, make_atari_env): 8 environments, 128 steps, minibatches of 256, 4 epochs
+llm         TRL's GRPOTrainer: the same model, prompts, batches and lengths; without evaluations and checkpoints
+locomotion  the bare simulator, measured before and after every program
+mjlab       RSL-RL's PPO (pip install -r requirements-mjlab.txt), its logging off: 24 steps, 4 minibatches, mjlab's choice
+            of normalisation; BPO has, as in the paper, 10 epochs in place of 5 and a third network
 """
 
 import importlib.util
+import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 5  # iterations
+PHASES = ("simulation", "acting", "update")
+HEADINGS = {"hidden_size": "network", "minibatch_size": "minibatch"}  # of the settings in speed.md
 
 
 @dataclass
 class Args:
-    env_id: str = "Hopper-v4"
-    """task"""
-    hidden_sizes: tuple[int, ...] = (64, 256)
-    """widths of the two hidden layers to measure"""
-    minibatch_sizes: tuple[int, ...] = (32, 64)
-    """minibatch sizes to measure"""
-    rounds: int = 3
-    """measurements of each"""
-    total_timesteps: int = 40_960
-    """steps of each measurement"""
-    core: int = 0
-    """processor core that all are pinned to"""
-    output: str = "benchmark/results/speed"
-    """folder for speed.json and speed.md"""
-    peer: bool = False
-    """run Stable-Baselines3 once and print its figures (used by the script itself)"""
-
-
-def steady_rate(steps, seconds):
-    """Steps per second after the warm-up, from the cumulative steps and seconds at the end of each iteration."""
-    return (steps[-1] - steps[WARM_UP]) / (seconds[-1] - seconds[WARM_UP])
-
-
-def run_peer(args):
-    """Trains Stable-Baselines3's PPO and prints its steady rate."""
-    import gymnasium as gym
-    import torch
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
-
-    class Clock(BaseCallback):
-        def __init__(self):
-            super().__init__()
-            self.steps, self.seconds = [], []
-
-        def _on_step(self):
-            return True
-
-        def _on_rollout_start(self):
-            self.steps.append(self.num_timesteps)
-            self.seconds.append(time.perf_counter())
-
-    gym.logger.min_level = gym.logger.ERROR
-    torch.set_num_threads(1)
-    size = args.hidden_sizes[0]
-    network = dict(net_arch=dict(pi=[size, size], vf=[size, size]))
-    envs = make_vec_env(args.env_id, n_envs=4)
-    settings = dict(n_steps=512, n_epochs=10, batch_size=args.minibatch_sizes[0], device="cpu", policy_kwargs=network)
-    clock = Clock()
-    PPO("MlpPolicy", envs, **settings).learn(args.total_timesteps, callback=clock)
-    print(json.dumps({"rate": steady_rate(clock.steps, clock.seconds)}))
-
-
-def measure(name, hidden_size, minibatch_size, args):
-    """Runs one program pinned to the core; its steady steps per second and its seconds besides."""
-    sizes = [f"--total-timesteps={args.total_timesteps}", f"--env-id={args.env_id}"]
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        if name == "stable-baselines3":
-            sizes += ["--peer", "--hidden-sizes", str(hidden_size), "--minibatch-sizes", str(minibatch_size)]
-            command = [sys.executable, __file__, *sizes]
-        else:
-            sizes += [f"--hidden-size={hidden_size}", f"--minibatch-size={minibatch_size}", f"--output-dir={folder}"]
-            command = [
-                sys.executable,
-                str(ROOT / f"{name.split()[0]}.py"),
-                "--eval-episodes=1",
-                *sizes,
-                *name.split()[1:],
-            ]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: os.sched_setaffinity(0, {args.core}),
-        )
-        if done.returncode:
-            raise SystemExit(f"error: {' '.join(command)} failed: {done.stderr.strip().splitlines()[-1]}")
-        wall = time.perf_counter() - start
-        if name == "stable-baselines3":
-            rate = json.loads(done.stdout.splitlines()[-1])["rate"]
-        else:
-            lines = next(Path(folder).glob("*/metrics.csv")).read_text().splitlines()
-            rows = [dict(zip(lines[0].split(","), map(float, line.split(",")))) for line in lines[1:]]
-            steps = [row["step"] for row in rows]
-            rate = steady_rate(steps, [row["step"] / row["charts/SPS"] for row in rows])
-    return rate, wall - args.total_timesteps / rate
+    pair: Literal["continuous", "atari", "llm", "locomotion", "mjlab"]  # what to measure beside its peer
+    programs: tuple[str, ...] = ()  # scripts with flags, each in quotes, in place of the pair's own choice
+    # flags in quotes: the first program's script with them is one more program; may be repeated
+    extra_flags: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    rounds: int = 3  # measurements of each
+    iterations: int | None = None  # iterations of each measurement, warm-up included
+    env_id: str | None = None  # task
+    num_envs: int | None = None  # locomotion, mjlab: environments stepped in parallel
+    hidden_sizes: tuple[int, ...] | None = None  # continuous: widths to measure; mjlab: widths of a network's layers
+    minibatch_sizes: tuple[int, ...] | None = None  # continuous: sizes to measure
+    device: Literal["cpu", "cuda"] | None = None  # mjlab: where all of it runs
+    cores: tuple[int, ...] = (0,)  # processor cores that all are pinned to, one thread each
+    output: str | None = None  # folder for speed.json and speed.md; default: the published one
+    peer: str | None = None  # used by the script itself: run the peer once
 
 
 def bad_input(line):
@@ -123,47 +63,418 @@ def bad_input(line):
     sys.exit(2)
 
 
-def main(args):
-    if not importlib.util.find_spec("stable_baselines3"):
-        bad_input("Stable-Baselines3 is not installed: pip install -r benchmark/requirements.txt")
-    if args.total_timesteps < 2048 * (WARM_UP + 2) or args.rounds < 1:
-        bad_input(f"--total-timesteps must be at least {2048 * (WARM_UP + 2)}, --rounds at least 1")
-    programs = (
-        "bpo_continuous_action",
-        "ppo_continuous_action",
-        "bpo_continuous_action --no-compile",
-        "stable-baselines3",
+# --- the peers: case -> [(work done, time)] at the start and after each iteration
+
+
+def train_sb3(policy, envs, case, **settings):
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    points = []
+
+    class Clock(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_start(self):
+            points.append((self.num_timesteps, time.perf_counter()))
+
+        _on_training_end = _on_rollout_start
+
+    torch.set_num_threads(case["cores"])
+    steps = case["iterations"] * settings["n_steps"] * envs.num_envs
+    PPO(policy, envs, device="cpu", **settings).learn(steps, callback=Clock())
+    return points
+
+
+def peer_continuous(case):
+    import gymnasium as gym
+    from stable_baselines3.common.env_util import make_vec_env
+
+    gym.logger.min_level = gym.logger.ERROR  # old task versions are asked for on purpose
+    widths = [case["hidden_size"]] * 2
+    network = dict(net_arch=dict(pi=widths, vf=widths))
+    settings = dict(n_steps=512, n_epochs=10, batch_size=case["minibatch_size"], policy_kwargs=network)
+    return train_sb3("MlpPolicy", make_vec_env(case["env_id"], n_envs=4), case, **settings)
+
+
+def peer_atari(case):
+    import ale_py
+    import gymnasium as gym
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    gym.register_envs(ale_py)
+    envs = VecFrameStack(make_atari_env(f"{case['game']}NoFrameskip-v4", n_envs=8, seed=1), 4)
+    settings = dict(n_steps=128, n_epochs=4, batch_size=256, gamma=0.98, learning_rate=2.5e-4, ent_coef=0.01)
+    return train_sb3("CnnPolicy", envs, case, **settings)
+
+
+def peer_llm(case):
+    """TRL with gbpo_llm.py's defaults: 64 prompts x 8 completions per iteration. Counted from reward to reward."""
+    import random
+
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(case["cores"])
+    random.seed(0)
+    pairs = [(random.randint(10, 99), random.randint(10, 99)) for _ in range(64 * case["iterations"])]
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
+    points, tokens = [], 0
+
+    def reward(prompts, completions, answer, completion_ids, **_):
+        nonlocal tokens
+        points.append((tokens, time.perf_counter()))
+        tokens += sum(map(len, completion_ids))
+        return [float(x == y) for x, y in zip(completions, answer)]
+
+    sizes = dict(per_device_train_batch_size=128, steps_per_generation=4, num_generations=8, max_completion_length=4)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = dict(output_dir=folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no", beta=0.0)
+        settings |= dict(learning_rate=3e-4, max_steps=4 * case["iterations"], disable_tqdm=True, loss_type="grpo")
+        settings |= dict(gradient_checkpointing=False)  # TRL's default recomputes activations, ours does not
+        trainer = GRPOTrainer(
+            AutoModelForCausalLM.from_pretrained(case["model"]),
+            reward,
+            args=GRPOConfig(**settings, **sizes, logging_steps=4, temperature=1.0),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(case["model"], padding_side="left"),
+        )
+        trainer.train()
+    return points
+
+
+def peer_locomotion(case):
+    """Random actions with the scripts' initial standard deviation; steps that only reset a robot are not counted."""
+    import envpool
+    import numpy as np
+
+    sizes = dict(num_envs=case["num_envs"], num_threads=case["cores"])
+    envs = envpool.make(case["env_id"], env_type="gymnasium", seed=1, **sizes)
+    actions = np.random.default_rng(1).normal(0, 0.35, (24, case["num_envs"], envs.action_space.shape[0])).clip(-1, 1)
+    envs.reset()
+    steps, points = 0, [(0, time.perf_counter())]
+    for _ in range(case["iterations"]):
+        for action in actions:
+            *_, info = envs.step(action)
+            steps += int((info["elapsed_step"] > 0).sum())
+        points.append((steps, time.perf_counter()))
+    return points
+
+
+def peer_mjlab(case):
+    """RSL-RL's PPO with mjlab's settings for the task, but for the hidden layers and 24 steps."""
+    import dataclasses
+
+    import mjlab.tasks  # noqa: F401 (registers the tasks)
+    from mjlab.envs import ManagerBasedRlEnv
+    from mjlab.rl import RslRlVecEnvWrapper
+    from mjlab.rl.runner import MjlabOnPolicyRunner
+    from mjlab.tasks.registry import load_env_cfg, load_rl_cfg
+    from mjlab.utils.torch import configure_torch_backends
+
+    configure_torch_backends()
+    env_cfg = load_env_cfg(case["env_id"])
+    env_cfg.scene.num_envs = case["num_envs"]
+    envs = RslRlVecEnvWrapper(ManagerBasedRlEnv(env_cfg, case["device"]))
+    cfg = load_rl_cfg(case["env_id"])
+    cfg.num_steps_per_env = 24
+    cfg.actor.hidden_dims = cfg.critic.hidden_dims = case["hidden_sizes"]
+    # Ours look for NaN once per iteration; RSL-RL would in every step, and wait for a GPU each time.
+    cfg = dataclasses.asdict(cfg) | {"check_for_nan": False}
+    runner = MjlabOnPolicyRunner(envs, cfg, None, case["device"])
+    warm_up, size = PAIRS["mjlab"].warm_up, 24 * case["num_envs"]
+    runner.learn(warm_up, init_at_random_ep_len=True)
+    start = time.perf_counter()
+    runner.learn(case["iterations"] - warm_up)  # ends with the losses on the CPU
+    return [(warm_up * size, start)] * (warm_up + 1) + [(case["iterations"] * size, time.perf_counter())]
+
+
+# --- the pairs
+
+
+@dataclass
+class Pair:
+    peer: str  # its name in the table
+    ratio: str  # heading of the ratio to it
+    run_peer: Callable  # case -> points
+    flags: str  # that all scripts get, besides --total-timesteps
+    steps: int  # per iteration (and environment, if there is --num-envs)
+    programs: tuple[str, ...]  # scripts with flags
+    defaults: dict  # of the command line
+    warm_up: int  # iterations
+    folder: str  # in benchmark/results
+    columns: tuple[str, ...] = ()  # of speed.json, before the program
+    needs: tuple[str, ...] = ()  # the peer's modules
+    requirements: str = "benchmark/requirements.txt"
+    unit: str = "steps"
+    rate: str = "steps_per_second"  # in speed.json
+    peer_first: bool = False
+    between: bool = False  # measure the peer before and after every program
+
+
+SB3 = dict(peer="stable-baselines3", ratio="times SB3")
+LOCOMOTION_FLAGS = (" --matmul-precision highest", "", " --compile", " --bf16", " --bf16 --compile")
+MJLAB = dict(env_id="Mjlab-Cartpole-Balance", num_envs=512, hidden_sizes=(512, 256, 128), device="cpu")
+PAIRS = {
+    "continuous": Pair(
+        **SB3,
+        run_peer=peer_continuous,
+        flags="--env-id={env_id} --hidden-size={hidden_size} --minibatch-size={minibatch_size}",
+        steps=2048,
+        programs=("bpo_continuous_action", "ppo_continuous_action", "bpo_continuous_action --no-compile"),
+        defaults=dict(iterations=20, env_id="Hopper-v4", hidden_sizes=(64, 256), minibatch_sizes=(32, 64)),
+        warm_up=5,
+        folder="speed",
+        columns=("hidden_size", "minibatch_size"),
+        needs=("stable_baselines3",),
+    ),
+    "atari": Pair(
+        **SB3,
+        run_peer=peer_atari,
+        flags="--env-id={env_id} --update-epochs=4 --device=cpu --eval-episodes=1",
+        steps=1024,
+        programs=tuple(f"{x}_atari_envpool{y}" for y in ("", " --bf16") for x in ("bpo", "ppo")),
+        defaults=dict(iterations=12, env_id="Breakout-v5"),
+        warm_up=2,
+        folder="atari_speed",
+        columns=("game", "cores"),
+        needs=("stable_baselines3", "ale_py", "cv2"),
+    ),
+    "llm": Pair(
+        peer="trl",
+        ratio="times TRL",
+        run_peer=peer_llm,
+        flags="--model={model} --device=cpu --eval-interval=1000 --checkpoint-interval=1000",
+        steps=512,
+        programs=("gbpo_llm", "grpo_llm"),
+        defaults=dict(iterations=20),
+        warm_up=3,
+        folder="llm_speed",
+        needs=("trl",),
+        unit="completion tokens",
+        rate="tokens_per_second",
+    ),
+    "locomotion": Pair(
+        peer="simulator",
+        ratio="over the bare simulator",
+        run_peer=peer_locomotion,
+        flags="--env-id={env_id} --num-envs={num_envs} --eval-episodes=1",
+        steps=23,  # of 24, without those that only reset a robot
+        programs=tuple(f"{x}_locomotion{y}" for x in ("bpo", "ppo") for y in LOCOMOTION_FLAGS),
+        defaults=dict(iterations=25, env_id="Go1JoystickRoughTerrain-v1", num_envs=128),
+        warm_up=5,
+        folder="locomotion_speed",
+        columns=("env_id", "num_envs", "cores"),
+        peer_first=True,
+        between=True,
+    ),
+    "mjlab": Pair(
+        peer="RSL-RL PPO",
+        ratio="times RSL-RL",
+        run_peer=peer_mjlab,
+        flags="--env-id={env_id} --num-envs={num_envs} --device={device} --hidden-sizes {layers} --{norm_obs}"
+        " --init-std=1.0 --learning-rate=1e-3 --eval-episodes=1",
+        steps=24,
+        programs=tuple(f"{x}_locomotion{y}" for x in ("ppo", "bpo") for y in ("", " --compile", " --bf16 --compile")),
+        defaults=dict(iterations=25, **MJLAB),
+        warm_up=5,
+        folder="mjlab_speed",
+        columns=(*MJLAB, "cores"),
+        needs=("rsl_rl", "mjlab"),
+        requirements="requirements-mjlab.txt",
+        peer_first=True,
+    ),
+}
+
+
+# --- the frame
+
+
+def steady_rate(points, warm_up):
+    """Work per second after the warm-up, from the work done and the time at the start and after each iteration."""
+    (work, start), (total, end) = points[warm_up], points[-1]
+    return (total - work) / (end - start)
+
+
+def take_turns(programs, peer, rounds, measure, between=False):
+    """[(run, the peer's rate beside it)] of each program and the peer, which is one of them, by measure(program).
+
+    If between, the peer is measured before and after each of the others, and its rate is the mean.
+    """
+    found = {program: [] for program in programs}
+    before = measure(peer) if between else None
+    for _ in range(rounds):
+        if not between:
+            runs = {program: measure(program) for program in programs}
+            for program, run in runs.items():
+                found[program].append((run, runs[peer]["rate"]))
+            continue
+        for program in programs:
+            if program != peer:
+                run, after = measure(program), measure(peer)
+                beside = {name: (before[name] + after[name]) / 2 for name in after}
+                found[program].append((run, beside["rate"]))
+                found[peer].append((beside, beside["rate"]))
+                before = after
+    return found
+
+
+def summarise(found, rate):
+    """Medians over [(run, the peer's rate)], that of the rates under the name rate, and the ratios' range."""
+    row = {rate: statistics.median(run["rate"] for run, _ in found)}
+    ratios = [run["rate"] / beside for run, beside in found]
+    row |= dict(ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios))
+    return row | {name: statistics.median(run[name] for run, _ in found) for name in found[0][0] if name != "rate"}
+
+
+def table(rows, pair):
+    """The Markdown of speed.md from the rows of speed.json."""
+    shown = [name for name in HEADINGS if name in pair.columns]
+    phases = [name for name in PHASES if any(name in row for row in rows)]
+    heads = [HEADINGS[name] for name in shown] + ["program", f"{pair.unit}/s", f"{pair.ratio} (min to max)", *phases]
+    lines = [f"| {' | '.join([*heads, 'start-up and end, s'])} |", "|-" * (len(heads) + 1) + "|"]
+    for row in rows:
+        cells = [f"{row[name]}-{row[name]}" if name == "hidden_size" else str(row[name]) for name in shown]
+        cells += [f"`{row['program']}`", f"{row[pair.rate]:.0f}"]
+        cells += ["{ratio:.2f} ({ratio_min:.2f} to {ratio_max:.2f})".format(**row)]
+        cells += [f"{row[name]:.2f}" if name in row else "-" for name in phases]
+        lines.append(f"| {' | '.join([*cells, '{other_seconds:.0f}'.format(**row)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def read_metrics(folder, pair):
+    """What the peers return, for a run of ours, and its seconds per 1000 steps in each phase, if logged."""
+    lines = next(Path(folder).glob("*/metrics.csv")).read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), map(float, line.split(",")))) for line in lines[1:]]
+    work = [row["step"] for row in rows]
+    if pair.unit == "completion tokens":
+        work = itertools.accumulate(512 * row["completions/mean_length"] for row in rows)
+    points = [(0, 0), *((done, row["step"] / row["charts/SPS"]) for done, row in zip(work, rows))]
+    if "time/simulation" not in rows[0]:
+        return points, {}
+    simulation, rollout, update = (
+        1000 * sum(row[f"time/{x}"] for row in rows[pair.warm_up :]) / (points[-1][0] - points[pair.warm_up][0])
+        for x in ("simulation", "rollout", "update")
     )
-    results = []
-    for hidden_size in args.hidden_sizes:
-        for minibatch_size in args.minibatch_sizes:
-            figures = {name: [] for name in programs}
-            for _ in range(args.rounds):
-                for name in programs:
-                    figures[name].append(measure(name, hidden_size, minibatch_size, args))
-                    print(hidden_size, minibatch_size, name, *(f"{x:.1f}" for x in figures[name][-1]), flush=True)
-            for name, runs in figures.items():
-                ratios = [run[0] / peer[0] for run, peer in zip(runs, figures["stable-baselines3"])]
-                row = dict(hidden_size=hidden_size, minibatch_size=minibatch_size, program=name)
-                row["steps_per_second"] = statistics.median(run[0] for run in runs)
-                row["ratio"], row["ratio_min"], row["ratio_max"] = statistics.median(ratios), min(ratios), max(ratios)
-                row["other_seconds"] = statistics.median(run[1] for run in runs)
-                results.append(row)
-    table = [
-        "| network | minibatch | program | steps/s | times SB3 (min to max) | start-up and end, s |",
-        "|-|-|-|-|-|-|",
-    ]
-    for row in results:
-        size, ratio = row["hidden_size"], f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
-        cells = [f"{size}-{size}", row["minibatch_size"], f"`{row['program']}`", f"{row['steps_per_second']:.0f}"]
-        table.append("| " + " | ".join(str(x) for x in [*cells, ratio, f"{row['other_seconds']:.0f}"]) + " |")
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "speed.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "speed.md").write_text("\n".join(table) + "\n")
-    print("\n".join(table))
+    return points, dict(zip(PHASES, (simulation, rollout - simulation, update)))
+
+
+def run_pinned(words, cores):
+    done = subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(len(cores))},
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise SystemExit(f"error: {shlex.join(words)} failed: {last}")
+    return done.stdout
+
+
+def measure(program, pair, case, cores):
+    """Runs one program: its steady rate, its seconds besides, and those of its phases."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        if program == pair.peer:
+            output = run_pinned([__file__, f"--pair={case['pair']}", f"--peer={json.dumps(case)}"], cores)
+            points, phases = json.loads(output.splitlines()[-1]), {}
+        else:
+            script, *flags = shlex.split(program)
+            steps = pair.steps * case["iterations"] * case.get("num_envs", 1)
+            common = [*pair.flags.format(**case).split(), f"--total-timesteps={steps}", f"--output-dir={folder}"]
+            run_pinned([str(ROOT / f"{script}.py"), *common, *flags], cores)
+            points, phases = read_metrics(folder, pair)
+    if len(points) < pair.warm_up + 2:
+        raise SystemExit(f"error: {program} had only {len(points) - 1} iterations: raise --iterations")
+    rate = steady_rate(points, pair.warm_up)
+    other = time.perf_counter() - start - points[-1][0] / rate
+    print(f"{program}: {rate:.0f} {pair.unit}/s, {other:.1f} s besides", flush=True)
+    return dict(rate=rate, other_seconds=other) | phases
+
+
+def make_cases(args, pair, folder):
+    """What to measure, a dict each: one, or for continuous one for each width and minibatch size."""
+    given = {name: getattr(args, name) for name in pair.defaults if getattr(args, name) is not None}
+    case = dict(pair=args.pair, cores=len(args.cores)) | pair.defaults | given
+    if args.pair == "continuous":
+        sizes = itertools.product(case.pop("hidden_sizes"), case.pop("minibatch_sizes"))
+        return [case | dict(hidden_size=width, minibatch_size=size) for width, size in sizes]
+    if args.pair == "atari":
+        case["game"] = case["env_id"].removesuffix("-v5")
+    if args.pair == "llm":  # one model for all
+        script = str(ROOT / "gbpo_llm.py")
+        run_pinned([script, f"--output-dir={folder}", "--total-timesteps=512", "--device=cpu"], args.cores)
+        case["model"] = str(next(Path(folder).glob("*/initial_model")))
+    if args.pair == "mjlab":
+        os.environ["MUJOCO_GL"] = "disable"
+        import mjlab.tasks  # noqa: F401 (registers the tasks)
+        from mjlab.tasks.registry import list_tasks, load_rl_cfg
+
+        if case["env_id"] not in list_tasks():
+            bad_input(f"mjlab has no task {case['env_id']}: it has {', '.join(list_tasks())}")
+        case["norm_obs"] = "norm-obs" if load_rl_cfg(case["env_id"]).actor.obs_normalization else "no-norm-obs"
+        case["layers"] = " ".join(map(str, case["hidden_sizes"]))
+    return [case]
+
+
+def check(args, pair, programs):
+    for name in ("env_id", "num_envs", "hidden_sizes", "minibatch_sizes", "device"):
+        if getattr(args, name) is not None and name not in pair.defaults:
+            bad_input(f"--{name.replace('_', '-')} does not belong to --pair {args.pair}")
+    if not all(map(importlib.util.find_spec, pair.needs)):
+        bad_input(f"{' or '.join(pair.needs)} is not installed: pip install -r {pair.requirements}")
+    least = pair.warm_up + 2
+    if args.rounds < 1 or (args.iterations is not None and args.iterations < least):
+        bad_input(f"--iterations must be at least {least}, --rounds at least 1")
+    cores = os.sched_getaffinity(0)
+    if not args.cores or not cores.issuperset(args.cores):
+        bad_input(f"--cores must be among {sorted(cores)}")
+    for script in {program.split()[0] for program in programs}:
+        if not (ROOT / f"{script}.py").is_file():
+            bad_input(f"there is no script {script}.py")
+
+
+def main(args):
+    pair = PAIRS[args.pair]
+    programs = args.programs or pair.programs
+    more = [f"{programs[0].split()[0]} {flags}" for flags in args.extra_flags]
+    programs = list(dict.fromkeys([*programs, *more]))
+    check(args, pair, programs)
+    order = [pair.peer, *programs] if pair.peer_first else [*programs, pair.peer]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for case in make_cases(args, pair, folder):
+            columns = {name: case[name] for name in pair.columns}
+            print(*(f"{name} {value}" for name, value in columns.items()), flush=True)
+
+            def run(program, case=case):
+                return measure(program, pair, case, args.cores)
+
+            for program, found in take_turns(order, pair.peer, args.rounds, run, pair.between).items():
+                rows.append(columns | dict(program=program) | summarise(found, pair.rate))
+    output = Path(args.output or ROOT / "benchmark" / "results" / pair.folder)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "speed.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (output / "speed.md").write_text(table(rows, pair))
+    print(table(rows, pair), end="")
+
+
+def join_extra_flags(words):
+    """--extra-flags "--x" as --extra-flags=--x, which tyro takes for the value that it is."""
+    words = iter(words)
+    return [f"{word}={next(words, '')}" if word == "--extra-flags" else word for word in words]
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Args)
-    run_peer(arguments) if arguments.peer else main(arguments)
+    arguments = tyro.cli(Args, args=join_extra_flags(sys.argv[1:]), description=__doc__.splitlines()[0])
+    if arguments.peer:
+        print(json.dumps(PAIRS[arguments.pair].run_peer(json.loads(arguments.peer))))
+    else:
+        main(arguments)

@@ -1,5 +1,7 @@
 """Tiny Gymnasium tasks whose right answers are known. Importing this module registers them."""
 
+import time
+
 import gymnasium as gym
 import numpy as np
 
@@ -30,6 +32,11 @@ class Probe(gym.Env):
         return True, False
 
 
+class Small(Probe):
+    def reward(self, action):
+        return 0.01
+
+
 class Skewed(Probe):
     """Whatever the action: 0 with probability 0.7, else 10. Its mean is 3, its median 0."""
 
@@ -38,12 +45,21 @@ class Skewed(Probe):
 
 
 class Target(Probe):
-    """Best action: 0.5, well inside the bounds, which therefore clip next to no sample."""
+    """Best action: 0.5, a tenth of the way from the middle to the bound."""
 
     action_space = gym.spaces.Box(-5, 5, (1,), np.float32)
 
     def reward(self, action):
         return -((action - 0.5) ** 2)
+
+
+class Inner(Probe):
+    """Bounds that are not symmetric; the best action, 0.3, is 0.4 below the middle in units of half the width."""
+
+    action_space = gym.spaces.Box(0, 1, (1,), np.float32)
+
+    def reward(self, action):
+        return -((action - 0.3) ** 2)
 
 
 class Endless(Probe):
@@ -85,39 +101,58 @@ class Marked(Probe):
         return over and self.episode % 2 == 0, over and self.episode % 2 == 1
 
 
-class Uneven(Probe):
-    """Pays 1 a step; an episode lasts one step or nine, by chance."""
+class PayingResets(gym.vector.VectorWrapper):
+    """Pays a million for the step that only resets the simulator."""
 
-    def reset(self, *, seed=None, options=None):
-        result = super().reset(seed=seed)
-        self.length = int(self.np_random.choice([1, 9]))
-        return result
+    done = False
 
-    def reward(self, action):
-        return 1.0
-
-    def end(self):
-        return self.steps == self.length, False
+    def step(self, actions):
+        obs, rewards, terminated, truncated, infos = super().step(actions)
+        rewards, self.done = rewards + 1e6 * self.done, terminated | truncated
+        return obs, rewards, terminated, truncated, infos
 
 
-class BrokenReward(Endless):
-    """The reward of every later step of an episode is NaN once this many steps were made in all."""
+class Breaking(Endless):
+    """From this many steps on, an environment's rewards and observations are what the subclass says."""
 
-    made, broken_after = 0, 300
+    made, broken_after, broken_reward, broken_observation = 0, 300, 1.0, 0.0
 
     def step(self, action):
         self.made += 1
         return super().step(action)
 
-    def reward(self, action):
-        return float("nan") if self.made > self.broken_after else 1.0
-
-
-class BrokenObservation(BrokenReward):
     def observe(self):
-        return np.full(1, np.nan if self.made > self.broken_after else 0, np.float32)
+        broken = self.made > self.broken_after
+        return np.full(1, self.broken_observation if broken else 0, self.observation_space.dtype)
 
     def reward(self, action):
+        return self.broken_reward if self.made > self.broken_after else 1.0
+
+
+class NanReward(Breaking):
+    broken_reward = np.nan
+
+
+class HugeReward(Breaking):
+    broken_reward = 1e39
+
+
+class NanObservation(Breaking):
+    broken_observation = np.nan
+
+
+class HugeObservation(Breaking):
+    """Finite, but not in float32."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    broken_observation = 1e39
+
+
+class Sleepy(Breaking):
+    """Takes a minute for every later step."""
+
+    def reward(self, action):
+        time.sleep(60 * (self.made > self.broken_after))
         return 1.0
 
 
@@ -139,17 +174,6 @@ class Choice(Probe):
     action_space = gym.spaces.Discrete(3)
 
 
-for task in (
-    Probe,
-    Skewed,
-    Target,
-    Endless,
-    Marked,
-    Uneven,
-    BrokenReward,
-    BrokenObservation,
-    Dictionary,
-    Image,
-    Choice,
-):
+TASKS = [Probe, Small, Skewed, Target, Inner, Endless, Marked, NanReward, HugeReward, NanObservation, HugeObservation]
+for task in [*TASKS, Sleepy, Dictionary, Image, Choice]:
     gym.register(f"{task.__name__}-v0", entry_point=task, disable_env_checker=True)

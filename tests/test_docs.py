@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import bpo_continuous_action
+import ppo_continuous_action
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -36,10 +39,19 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("script", ["bpo_continuous_action", "bpo_atari_envpool"])
-def test_every_metric_of_the_script_is_documented(script):
-    code = (ROOT / f"{script}.py").read_text()
-    page = (ROOT / "docs" / f"{script}.md").read_text()
+@pytest.mark.parametrize("script", [bpo_continuous_action, ppo_continuous_action], ids=["bpo", "ppo"])
+def test_every_metric_of_the_continuous_pair_is_documented(script, tmp_path):
+    sizes = dict(num_steps=8, minibatch_size=8, update_epochs=1, total_timesteps=40)
+    task = dict(env_id="Pendulum-v1", env_backend="gymnasium", compile=False, output_dir=str(tmp_path))
+    header = Path(script.train(script.Args(**task, **sizes)), "metrics.csv").read_text().splitlines()[0]
+    page = (ROOT / "docs" / "bpo_continuous_action.md").read_text()
+    names = ["charts/episodic_return", "charts/episodic_length", *header.split(",")[1:]]
+    assert len(names) > 15 and not [name for name in names if f"`{name}`" not in page]
+
+
+def test_every_metric_of_the_atari_scripts_is_documented():
+    code = (ROOT / "bpo_atari_envpool.py").read_text()
+    page = (ROOT / "docs" / "bpo_atari_envpool.md").read_text()
     names = re.findall(r'"((?:charts|losses|time)/\w+)"', code)
     names += [f"ratio/{side}_{x}" for side in ("high", "low") for x in ("mean", "std")] + ["ratio/out_of_bounds"]
     names += [f"theory/{x}" for x in ("guaranteed_gain", "atv_divergence", "improvement_bound")]

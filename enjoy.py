@@ -1,0 +1,223 @@
+"""Evaluate and film what a control script has trained.
+
+    python enjoy.py RUN_DIR [RUN_DIR ...] --video
+
+A finished run is played with its agent.pt, an interrupted one with its checkpoint.pt. Training's files stay as they
+are: each call adds a row to RUN_DIR/evaluations.csv and a film to RUN_DIR/videos. From Python:
+
+    act = load_agent("examples/Hopper-v4__bpo_continuous_action")
+    env = gymnasium.make("Hopper-v4")
+    obs, _ = env.reset()
+    obs, reward, terminated, truncated, _ = env.step(act(obs))
+"""
+
+import functools
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C leaves no traceback
+
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import tyro
+from annotated_types import Interval, Len
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+
+import bpo_continuous_action
+import ppo_continuous_action
+from bpo_continuous_action import BadInput, one_line, say
+
+SCRIPTS = {x.SCRIPT: x for x in (bpo_continuous_action, ppo_continuous_action)}  # nothing else is ever imported
+
+
+@dataclass(config=dict(extra="forbid", hide_input_in_errors=True))
+class Options:
+    run_dirs: Annotated[tuple[str, ...], Len(1), tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR ...")]
+    """folders of runs"""
+    episodes: Annotated[int, Interval(ge=1, le=10_000)] = 10
+    """environments; the first episode of each counts"""
+    seed: Annotated[int, Interval(ge=0, lt=2**31)] | None = None
+    """seed of simulators and sampled actions; default: the run's own"""
+    stochastic: bool = False
+    """sample actions, as training does, not the policy's mean"""
+    env_id: str | None = None
+    """another task with the same observation and action sizes"""
+    video: bool = False
+    """film an episode, played in Gymnasium's version of the task"""
+    max_steps: PositiveInt = 10_000
+    """episodes are cut after so many steps"""
+
+
+def load_agent(run_dir):
+    """A run's policy, a function: obs[..., O] -> action[..., A], arrays. ValueError if there is none."""
+    return functools.partial(act, load(run_dir).agent)
+
+
+@torch.no_grad()
+def act(agent, obs, stochastic=False):
+    """obs[..., O] -> action[..., A] as the simulator takes it, arrays"""
+    action = agent.policy(agent.normalize(torch.as_tensor(obs, dtype=torch.float32)))
+    if stochastic:
+        action = action + agent.log_std.exp() * torch.randn_like(action)
+    return agent.to_env(action)
+
+
+def load(run_dir):
+    """A run: dir, script (a module), args, agent and that one's file and step; BadInput if damaged."""
+    try:
+        name = json.loads(Path(run_dir, "args.json").read_bytes())["script"]
+    except Exception as error:  # damaged files raise many kinds
+        raise BadInput(f"{run_dir} is no run: {one_line(error)}") from None
+    if not isinstance(name, str) or name not in SCRIPTS:
+        raise BadInput(f"{run_dir} is a run of {name!r:.50}, not of {' or '.join(SCRIPTS)}")
+    script, file = SCRIPTS[name], "agent.pt" if Path(run_dir, "agent.pt").exists() else "checkpoint.pt"
+    args, checkpoint = script.load_run(run_dir, file)
+    try:
+        state = checkpoint["agent"]
+        agent = script.Agent(len(state["obs_stats.mean"]), *state["action_map"][2:], args)
+        agent.load_state_dict(state)
+    except Exception:
+        raise BadInput(f"{file} of {run_dir} does not fit its args.json") from None
+    step = checkpoint.get("step", "")  # agent.pt has none
+    return SimpleNamespace(dir=run_dir, script=script, args=args, agent=agent, file=file, step=step)
+
+
+def check(run_dir, options):
+    """The run on its task, or another one; BadInput if it cannot be played, or filmed, there."""
+    run = load(run_dir)
+    run.args.env_id = options.env_id or run.args.env_id
+    envs, *spaces = run.script.make_envs(run.args, 1, 0)
+    envs.close()
+    if options.video:
+        camera = open_camera(run.args.env_id)
+        spaces += camera.observation_space, camera.action_space
+        camera.close()  # two at a time leave one of them black
+    sizes = [(len(run.agent.obs_stats.mean),), (len(run.agent.log_std),)]
+    if (found := [x.shape for x in spaces]) not in (sizes, 2 * sizes):
+        raise BadInput(f"{run.args.env_id} observes and acts in sizes {found[-2:]}, {run_dir} in {sizes}")
+    return run
+
+
+def open_camera(env_id):
+    """The task in Gymnasium, which has rendered a frame; else BadInput, which says what to install."""
+    try:
+        import imageio_ffmpeg  # noqa: F401, which writes the film
+
+        robot = str(gym.spec(env_id).entry_point).startswith("gymnasium.envs.mujoco")
+        follow = {"camera_name": "track"} if robot else {}  # else Gymnasium 1.4.0 lets robots leave the picture
+        env = gym.make(env_id, render_mode="rgb_array", **follow)
+        env.reset()
+        if np.ndim(env.render()) != 3:
+            raise ValueError("it renders no picture")
+    except gym.error.UnregisteredEnv:
+        raise BadInput(f"cannot film {env_id}: only EnvPool has this task, Gymnasium has not") from None
+    except Exception as error:  # whatever a simulator, or what it imports, raises
+        sys.unraisablehook = lambda _: None  # silences half-made viewers
+        need = 'MuJoCo needs EGL (apt-get install libegl1 libgl1), others pip install "gymnasium[box2d]"'
+        raise BadInput(f"cannot film {env_id}: {one_line(error)}. {need}") from None
+    return env
+
+
+class LiveLine:
+    """Shows the newest text ten times a second, or every 30 s in a log."""
+
+    def __init__(self):
+        self.live, self.time = sys.stdout.isatty(), time.time()
+
+    def __call__(self, text):
+        if time.time() - self.time > (0.1 if self.live else 30):
+            say(f"{text:<60}", end="\r" if self.live else "\n")
+            self.time = time.time()
+
+
+def evaluate(policy, envs, max_steps):
+    """Plays one episode in each environment, or max_steps of it: the returns [N] and how many were cut."""
+    obs, _ = envs.reset()
+    returns, running, step, show = np.zeros(len(obs)), np.ones(len(obs), bool), 0, LiveLine()
+    while running.any() and step < max_steps:
+        obs, rewards, terminated, truncated, _ = envs.step(policy(obs))
+        returns[running] += rewards[running]
+        running &= ~(terminated | truncated)
+        step += 1
+        show(f"step {step}, {(~running).sum()} of {len(obs)} episodes finished")
+    return returns, int(running.sum())
+
+
+def film(policy, run, seed, max_steps):
+    """Films an episode into a new file, with about 30 frames per simulated second."""
+    env, folder, show = open_camera(run.args.env_id), Path(run.dir, "videos"), LiveLine()
+    folder.mkdir(exist_ok=True)
+    path = folder / re.sub(r"[^\w.-]", "-", f"{run.args.env_id}__{time.time():.6f}.mp4")
+    fps, total, step, over = env.metadata.get("render_fps", 30), 0.0, 0, False
+    every, (obs, _) = max(1, round(fps / 30)), env.reset(seed=seed)
+    with imageio.get_writer(path, fps=fps / every, macro_block_size=2) as video:
+        while not over and step < max_steps:
+            if step % every == 0:
+                video.append_data(env.render())
+            obs, reward, terminated, truncated, _ = env.step(policy(obs))
+            total, step, over = total + reward, step + 1, terminated or truncated
+            show(f"filming, step {step}")
+    env.close()
+    say(f"film of {step} steps, return {total:.5g}: {path}")
+
+
+def play(run, options):
+    """Evaluates a run, prints and records the result; films it on demand."""
+    seed = run.args.seed if options.seed is None else options.seed
+    torch.manual_seed(seed)
+    policy = functools.partial(act, run.agent, stochastic=options.stochastic)
+    envs, *_ = run.script.make_envs(run.args, options.episodes, [seed, 2**64])  # training: [seed, step], step < 2**64
+    returns, cut = evaluate(policy, envs, options.max_steps)
+    envs.close()
+    result = f"return {returns.mean():.5g} +- {returns.std():.5g} over {len(returns)} episodes"
+    source = f"{run.file} of step {run.step}" if run.step != "" else run.file
+    how = "stochastic" if options.stochastic else "deterministic"
+    cuts = f", {cut} episodes cut after {options.max_steps} steps" if cut else ""
+    say(f"{run.dir}, {source}: {run.args.env_id}, seed {seed}, {how}, {result}{cuts}")
+    row = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), agent=run.file, step=run.step, env_id=run.args.env_id)
+    row |= dict(seed=seed, episodes=len(returns), stochastic=options.stochastic, max_steps=options.max_steps, cut=cut)
+    record(run, row | {name: f"{getattr(returns, name)():.8g}" for name in ("mean", "std", "min", "max")})
+    if options.video:
+        film(policy, run, seed, options.max_steps)
+
+
+def record(run, row):
+    """Adds a row to the run's evaluations.csv."""
+    try:
+        with Path(run.dir, "evaluations.csv").open("a") as file:
+            file.write("" if file.tell() else ",".join(row) + "\n")
+            file.write(",".join(map(str, row.values())) + "\n")
+    except OSError as error:
+        print(f"the result is not recorded: {error}", file=sys.stderr)
+
+
+def main(words):
+    os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # films without a screen
+    torch.set_num_threads(1)
+    options = tyro.cli(Options, args=words, description=__doc__)
+    try:
+        runs = [check(x, options) for x in options.run_dirs]  # all of them before any is played
+        for run in runs:
+            play(run, options)
+    except tuple(x.BadInput for x in SCRIPTS.values()) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
