@@ -30,8 +30,7 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
-from annotated_types import Interval, Len
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 import bpo_continuous_action
@@ -43,11 +42,13 @@ SCRIPTS = {x.SCRIPT: x for x in (bpo_continuous_action, ppo_continuous_action)} 
 
 @dataclass(config=dict(extra="forbid", hide_input_in_errors=True))
 class Options:
-    run_dirs: Annotated[tuple[str, ...], Len(1), tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR ...")]
+    run_dirs: Annotated[
+        tuple[str, ...], Field(min_length=1), tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR ...")
+    ]
     """folders of runs"""
-    episodes: Annotated[int, Interval(ge=1, le=10_000)] = 10
+    episodes: Annotated[int, Field(ge=1, le=10_000)] = 10
     """environments; the first episode of each counts"""
-    seed: Annotated[int, Interval(ge=0, lt=2**31)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """seed of simulators and sampled actions; default: the run's own"""
     stochastic: bool = False
     """sample actions, as training does, not the policy's mean"""

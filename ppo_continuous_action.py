@@ -210,7 +210,8 @@ class Agent(nn.Module):
         for reward, running in zip(rewards, valid):  # a dummy step, whose reward is 0, starts the sum anew
             self.discounted_return = reward + gamma * self.discounted_return * running
             history.append(self.discounted_return)
-        self.return_stats.update(torch.stack(history)[valid][:, None])
+        if valid.any():
+            self.return_stats.update(torch.stack(history)[valid][:, None])
         return (rewards / self.return_stats.std()).clamp(-10, 10)
 
     def to_env(self, action):
@@ -358,10 +359,14 @@ def measure(agent, batch, args):
     low, high = ratio_bounds(args)
     ratio = (agent(batch["obs"]).log_prob(batch["actions"]).sum(-1) - batch["log_probs"]).exp()
     stats = {"ratio/out_of_bounds": ((ratio < low) | (ratio > high)).float().mean()}
-    for name, side in (("high", ratio[ratio >= 1]), ("low", ratio[ratio <= 1])):
+    for name, chosen in (("high", ratio >= 1), ("low", ratio <= 1)):
+        side = ratio[chosen] if chosen.any() else torch.ones(1)
         stats |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
-    unexplained = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
-    stats |= {"losses/explained_variance": 1 - unexplained, "charts/log_std": agent.log_std.mean()}
+    unexplained, var = (batch["returns"] - batch["values"]).var(correction=0), batch["returns"].var(correction=0)
+    stats |= {
+        "losses/explained_variance": 1 - unexplained / var.clamp(min=1e-8),
+        "charts/log_std": agent.log_std.mean(),
+    }
     return {name: x.item() for name, x in stats.items()}
 
 
@@ -390,9 +395,9 @@ def train(args):
             if args.lr_schedule == "linear":
                 lr.fill_(args.learning_rate * (1 - state.step / args.total_timesteps))
             rollout, episodes = collect(agent, envs, state, args)
-            if not rollout["valid"].any():
-                continue  # --num-steps 1, and every environment has just been reset
             batch = prepare(agent, rollout, args)
+            if len(batch["obs"]) == 0:
+                continue  # --num-steps 1, and every environment has just been reset
             metrics = update(agent, optimizer, gradient_function, batch, args) | measure(agent, batch, args)
             agent.obs_stats.update(rollout["obs"][:-1][rollout["valid"]])  # only now: the update sees what acting saw
             run.log(state.step, episodes, metrics | {"charts/learning_rate": lr.item()})

@@ -1,19 +1,20 @@
-"""Learning curves from run folders: compact CSVs, a picture and tables.
+"""Curves, intervals and tables of runs: control, legged robots, language models.
 
     python benchmark/report.py runs/fair_mujoco --output benchmark/results/fair_mujoco
     python benchmark/report.py benchmark/results/fair_mujoco runs/fair_mujoco --output benchmark/results/fair_mujoco
 
-The second adds new runs to those of an earlier report, whose run folders may be gone.
-
-Runs of a suite are grouped by task and variant; others by task, script and the flags in which runs of one script
-differ, which an earlier report does not hold: only runs of a suite can be added to one. The figure at a step is the
-mean return of the last 100 episodes that had ended by then. Intervals are 95% bootstrap intervals over seeds. The
-interquartile mean (IQM) and the probability of improvement, P(a run of the group is better than one of the baseline),
-are rliable's (Agarwal et al., "Deep RL at the Edge of the Statistical Precipice").
+The second adds new runs to an earlier report's, whose run folders may be gone. Runs of a suite are grouped by task and
+variant, language models by objective, clip ratio and epochs, others by script and the flags in which they differ.
+Intervals are 95% bootstrap intervals over runs. The interquartile mean (IQM), P(a run of the group is better than one
+of the baseline) and the performance profile are rliable's (Agarwal et al., "Statistical Precipice").
 """
 
-import csv
+import io
+import itertools
 import json
+import math
+import os
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -22,132 +23,176 @@ from typing import Annotated
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import tyro
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_rgb
+from matplotlib.ticker import EngFormatter
 from rliable import library, metrics
-from run import HARMLESS, RUNNERS
+from scipy.stats import ttest_1samp
 
 WINDOW = 100  # episodes
 DRAWS = 2000  # of a bootstrap
-MANY = 6  # groups of a task, above which curves could not be told apart
-SAME_GROUP = {*RUNNERS, *HARMLESS, "eval_episodes"}  # settings in which runs of a group may differ
-PUBLISHED = Path(__file__).resolve().parent / "published.csv"
+EXACT = 4000  # resamples, up to which all are enumerated: three runs on either side have 729, five on one 3125
+MANY = 4  # groups of a task, above which curves could not be told apart
+FEW = 3  # runs of a group, up to which each is drawn in place of an interval
+KEYS = ["task", "group", "seed"]  # of a run
+SAME_GROUP = (  # settings in which runs of a group may differ: the runner's, and those that change no learning
+    "env_id seed output_dir resume evaluate eval_episodes compile cuda_graphs device checkpoint_interval exp_name "
+    "checkpoint_seconds capture_video track wandb_project wandb_project_name wandb_entity"
+).split()
+# Figures of a run, in summary.csv, that tables read; kept_*: of its group, whose runs are gone
+FIGURES = (
+    "caught steps last_return deterministic_mean deterministic_std stochastic_mean stochastic_std largest_ratio "
+    "ratio/out_of_bounds kept_ratio kept_ratio_low kept_ratio_high kept_out_of_bounds"
+).split()
+# Returns that count as 1 in --aggregate: Tianshou's PPO; Swimmer: about what the paper's Table 1 has for PPO
+NORMAL = {"HalfCheetah": 5783, "Hopper": 2609, "Walker2d": 3588, "Ant": 3258, "Humanoid": 787, "Swimmer": 360}
+COLOURS = {"bpo": "#0072B2", "gbpo": "#0072B2", "ppo": "#D55E00", "grpo": "#D55E00", "spo": "#009E73"}  # of methods
+COLOURS |= {"dr": "#E6B800", "dapo": "#CC79A7", "gspo": "#56B4E9", "sapo": "#000000"}
+PANELS = {  # the curves that are drawn -> label of the axis; the first that a task has is in its table
+    "return": f"return, mean of the last {WINDOW} episodes",
+    "pass@1": "held-out pass@1",
+    "ratio_max": "largest ratio in the last epoch",
+    "charts/mean_return_100": "return, last 100 episodes",
+    "charts/mean_length_100": "episode length",
+    "rewards/tracking_lin_vel": "tracking of the velocity",
+    "rewards/tracking_ang_vel": "tracking of the turning rate",
+    "charts/learning_rate": "learning rate",
+    "losses/kl": "KL divergence, nats",
+    "ratio/high_mean": "mean ratio above 1",
+    "ratio/low_mean": "mean ratio below 1",
+    "ratio/out_of_bounds": "ratios out of bounds",
+    "charts/std": "deviation of actions",
+}
 
 
 @dataclass
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """folders of finished runs, folders that hold such, and folders of earlier reports"""
+    """folders of runs, folders that hold such, and folders of earlier reports"""
     output: Path = Path("benchmark/results")
-    """folder for curves.csv, summary.csv, settings.json, table.md, and curves.png or, of many groups, groups.png"""
+    """folder for table.md, curves.png, curves.csv, summary.csv and settings.json"""
     baseline: str | None = None
     """the group that others are compared with; default: the one named default, else PPO's"""
-    interval: int = 10_000
-    """steps between the points of a curve"""
+    interval: int | None = None
+    """steps between points of a curve; default: an earlier report's, else about a hundredth of the shortest run"""
+    aggregate: bool = False
+    """compare groups over all tasks, too, by scores in units of published ones: aggregate.png"""
 
 
-@dataclass
-class Run:
-    """A finished run, from its folder or from an earlier report."""
+def stop(line):
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
 
-    task: str
-    group: str  # "" until label_runs has named it
-    seed: int
-    script: str
-    commit: str
-    points: np.ndarray  # of the learning curve, one each args.interval steps
-    summary: dict
+
+# --- reading
+
+
+def find_folders(paths):
+    """The run folders among the paths and below them, and the paths that hold none: earlier reports."""
+    for path in paths:
+        below = [] if (path / "args.json").exists() else sorted(x.parent for x in path.glob("**/args.json"))
+        yield from below or [path]
+
+
+def read_json(path):
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_run(folder):
-    """Settings and curve of a run: (args.json as a dict, steps[K], returns[K]); OSError or ValueError if unreadable."""
-    if (folder / "model").exists():
-        raise ValueError("a language model's run, for report_llm.py")
+    """args.json and the tables of a run: metrics, and episodes or evaluations. Robots may be unfinished."""
     about = json.loads((folder / "args.json").read_text())
-    episodes = np.loadtxt(folder / "episodes.csv", delimiter=",", skiprows=1, ndmin=2)
-    if not (folder / "agent.pt").exists():
+    evaluated = about.get("format", 1) > 1 or (folder / "evaluation.json").exists()
+    finished = evaluated and any((folder / name).exists() for name in ("agent.pt", "model"))
+    kind, tables = about["script"].split("_")[-1], {}
+    if not finished and kind != "locomotion":
         raise ValueError("the run is not finished")
-    if len(episodes) == 0 or episodes.shape[1] != 3 or not np.isfinite(episodes).all():
-        raise ValueError("episodes.csv is damaged")
-    return about, episodes[:, 0], episodes[:, 1]
+    for name in ["metrics", *{"locomotion": [], "llm": ["evaluations"]}.get(kind, ["episodes"])]:
+        text = (folder / f"{name}.csv").read_text()
+        text = text if finished else text[: text.rfind("\n") + 1]  # the last line may be half written
+        table = tables[name] = pd.read_csv(io.StringIO(text)).astype(float)
+        if table.empty or (name != "metrics" and table.isna().any(axis=None)):
+            empty = "no episode has ended" if name == "episodes" else f"{name}.csv is empty"
+            raise ValueError(empty if table.empty else f"{name}.csv is damaged")
+    return about, tables
 
 
-def summarise(folder):
-    """Figures of a run besides its curve: means of logged metrics over the iterations, and the final evaluation."""
-    with (folder / "metrics.csv").open() as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    if not rows:
-        raise ValueError("metrics.csv is empty")
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    means = {name: np.mean([row[name] for row in rows]) for name in ("ratio/out_of_bounds", "losses/kl")}
-    bounds = [row["theory/improvement_bound"] > 0 for row in rows if "theory/improvement_bound" in row]
-    means["improvement_bound_positive"] = np.mean(bounds) if bounds else np.nan  # PPO has none
-    means |= {f"{name}_{x}": evaluation[name][x] for name in ("deterministic", "stochastic") for x in ("mean", "std")}
-    return means | {"training_seconds": sum(row["time/rollout"] + row["time/update"] for row in rows)}
+def summarise(folder, about, tables):
+    """Figures of a whole run besides its curves, those that it has: name -> number."""
+    table, summary = tables["metrics"], {}
+    summary |= {name: table[name].mean() for name in ("ratio/out_of_bounds", "losses/kl") if name in table}
+    if "theory/improvement_bound" in table:
+        summary["improvement_bound_positive"] = (table["theory/improvement_bound"] > 0).mean()
+    for kind, x in read_json(folder / "evaluation.json").items():
+        summary |= {f"{kind}_mean": x["mean"], f"{kind}_std": x["std"]} if isinstance(x, dict) else {}
+    if "time/rollout" in table:
+        summary["training_seconds"] = (table["time/rollout"] + table["time/update"]).sum()
+    elif "charts/SPS" in table:
+        summary["training_seconds"] = (table["step"] / table["charts/SPS"]).iloc[-1]
+    if "episodes" in tables and about["args"]["env_id"].startswith("Hopper"):  # stands still for the survival bonus
+        last = tables["episodes"][-WINDOW:].mean()
+        summary["caught"] = float(last["return"] < 1500 and last["length"] > 900)
+    if "evaluations" in tables:
+        summary["largest_ratio"] = table["ratio/max"].max()
+    elif "episodes" not in tables:
+        summary |= {"steps": table["step"].iloc[-1], "last_return": table["charts/mean_return_100"].iloc[-1]}
+    return summary
 
 
-def read_report(folder, interval):
-    """The runs of an earlier report, and their settings by task and group, {} if it is of a time that kept none.
-
-    ValueError if its points lie at other steps or its files do not fit.
-    """
-    points = {}
-    with (folder / "curves.csv").open() as file:
-        for row in csv.DictReader(file):
-            points.setdefault((row["task"], row["group"], row["seed"]), []).append((int(row["step"]), row["return"]))
-    runs = []
-    with (folder / "summary.csv").open() as file:
-        for row in csv.DictReader(file):
-            about = [row.pop(name) for name in ("task", "group", "seed", "script", "commit")]
-            steps, returns = zip(*points.pop(tuple(about[:3])))
-            if steps != tuple(range(interval, interval * len(steps) + 1, interval)):
-                raise ValueError(f"the points of its curves are not {interval} steps apart: see --interval")
-            task, group, seed, script, commit = about
-            summary = {name: float(value) for name, value in row.items()}
-            runs.append(Run(task, group, int(seed), script, commit, np.array(returns, float), summary))
-    if points:
+def read_report(folder):
+    """Curves and summary of an earlier report, tables, and settings, which some lack, as some lack columns."""
+    curves = pd.read_csv(folder / "curves.csv").rename(columns={"script": "group"})
+    if "task" not in curves:
+        curves.insert(0, "task", "")
+    runs = curves[KEYS].drop_duplicates().assign(script="", commit="")
+    summary = pd.read_csv(folder / "summary.csv") if (folder / "summary.csv").exists() else runs
+    if set(runs[KEYS].itertuples(index=False)) != set(summary[KEYS].itertuples(index=False)):
         raise ValueError("curves.csv and summary.csv hold different runs")
-    settings = folder / "settings.json"
-    return runs, json.loads(settings.read_text()) if settings.exists() else {}
+    return curves, summary, read_json(folder / "settings.json")
+
+
+# --- curves
+
+
+def choose_interval(lengths):
+    """Steps between points: the largest 1, 2 or 5 x 10^n that gives each run 100 points, or 1."""
+    return max(x * 10**n for n in range(12) for x in (1, 2, 5) if x * 10**n <= max(1, min(lengths, default=1) / 100))
+
+
+def make_grid(known, interval, end):
+    """Steps of a curve up to its end: those of earlier curves, and on from there as far apart; else multiples."""
+    known = sorted(set(known))
+    start, gap = (known[-1], known[-1] - known[-2]) if known[1:] else (0, interval)
+    return np.array([*(x for x in known if x <= end), *range(start + gap, int(end) + 1, gap)])
 
 
 def curve(steps, returns, grid):
-    """Mean return of the last WINDOW episodes that had ended by each step of the grid; NaN before the first."""
+    """Mean return of the last WINDOW episodes that had ended by each step of the grid[K]; NaN before the first: [K]"""
     sums = np.concatenate([[0.0], np.cumsum(returns)])
     ended = np.searchsorted(steps, grid, side="right")
     first = np.maximum(ended - WINDOW, 0)
     return np.where(ended > 0, (sums[ended] - sums[first]) / np.maximum(ended - first, 1), np.nan)
 
 
-def interval_of_mean(values, rng):
-    """95% bootstrap interval of the mean over axis 0: values[S, K] -> low[K], high[K]."""
-    draws = rng.integers(len(values), size=(DRAWS, len(values)))
-    return np.quantile(values[draws].mean(1), [0.025, 0.975], axis=0)
+def make_curves(tables, grid):
+    """A run's points: a table of steps and figures. A language model's are its evaluations."""
+    table = tables["metrics"]
+    if "evaluations" in tables:
+        points = tables["evaluations"][["step", "pass@1"]].astype({"step": int})
+        then = table.iloc[np.searchsorted(table["step"], points["step"])].reset_index().where(points["step"] > 0)
+        return points.assign(ratio_max=then["ratio/max"], out_of_bounds=then["ratio/out_of_bounds"])
+    if "episodes" in tables:
+        steps, returns = tables["episodes"][["step", "return"]].to_numpy().T
+        if not (steps[0] <= grid).any():
+            raise ValueError("no episode had ended by a point of the curve: see --interval")
+        return pd.DataFrame({"step": grid, "return": curve(steps, returns, grid)})
+    nearest = np.searchsorted((grid[:-1] + grid[1:]) / 2, table["step"], side="right")
+    means = table[[name for name in PANELS if name in table]].groupby(nearest).mean()
+    return means.reindex(range(len(grid))).assign(step=grid)
 
 
-def interquartile_mean(returns):
-    """The IQM of returns[S] and its interval: (point, low, high)."""
-    points, intervals = library.get_interval_estimates(
-        {"": returns[:, None]},
-        lambda scores: np.array([metrics.aggregate_iqm(scores)]),
-        reps=DRAWS,
-    )
-    return points[""][0], *intervals[""][:, 0]
-
-
-def probability_of_improvement(returns, baseline):
-    """P(return > baseline's), ties half, averaged over tasks: returns[S, K], baseline[R, K] -> (point, low, high)."""
-    points, intervals = library.get_interval_estimates(
-        {"": (returns, baseline)},
-        lambda x, y: np.array([metrics.probability_of_improvement(x, y)]),
-        reps=DRAWS,
-    )
-    return points[""][0], *intervals[""][:, 0]
-
-
-def difference_of_means(returns, baseline, rng):
-    """Mean of returns[S] less that of baseline[R]: (point, low, high)."""
-    draws = (x[rng.integers(len(x), size=(DRAWS, len(x)))].mean(1) for x in (returns, baseline))
-    return returns.mean() - baseline.mean(), *np.quantile(np.subtract(*draws), [0.025, 0.975])
+# --- groups
 
 
 def variant(folder, about):
@@ -162,214 +207,418 @@ def differ(args, others, name):
     return name not in SAME_GROUP and args[name] != others.get(name, args[name])
 
 
-def label_runs(folders, runs):
-    """A name per run: its variant in a suite; else its script, and the flags in which runs of that script differ."""
-    labels = []
-    for folder, about in zip(folders, runs):
-        if (name := variant(folder, about)) is not None:
-            labels.append(name)
+def label(folder, about, others):
+    """The group of a run, of whose others args.json is given."""
+    args, name = about["args"], about["script"].split("_")[0].upper()
+    if about["script"].endswith("_llm"):
+        epochs = f"{args['update_epochs']} epoch" + "s" * (args["update_epochs"] > 1)
+        return f"{args.get('objective', name).upper().replace('_', ' ')} ({args['clip_coef']}, {epochs})"
+    peers = [other["args"] for other in others if other["script"] == about["script"]]
+    flags = (f"{k}={args[k]}" for k in args if any(differ(args, peer, k) for peer in peers))
+    return " ".join([name, *flags]) if (own := variant(folder, about)) is None else own
+
+
+def check_settings(folder, about, group, settings):
+    """Adds the run's settings to its task's, group -> settings, or stops if they do not fit them."""
+    own = {name: x for name, x in about["args"].items() if name not in SAME_GROUP}
+    other = [x for x in own if x != "total_timesteps" and differ(own, settings.setdefault(group, own), x)]
+    scheduled = about["script"].endswith("_llm") or any(x.get("lr_schedule") == "linear" for x in settings.values())
+    if scheduled and len({x.get("total_timesteps") for x in (own, *settings.values())}) > 1:
+        other.append("total_timesteps, on which the learning rate depends")
+    if other:
+        stop(f"{folder} has other settings than other runs: {', '.join(other)}; make a report of each")
+
+
+def read_all(paths):
+    """Runs, (folder, args.json, tables) each, and earlier reports, (curves, summary, settings) each."""
+    runs, reports = [], []
+    for folder in find_folders(paths):
+        earlier = (folder / "curves.csv").exists()
+        try:
+            reports.append(read_report(folder)) if earlier else runs.append((folder, *read_run(folder)))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if earlier:  # is never skipped: --output may be the same folder
+                stop(f"no report to extend: {folder}: {error}")
+            skip(folder, error)
+    return runs, reports
+
+
+def skip(folder, error):
+    print(f"skipped {folder}: {'it has no ' * isinstance(error, KeyError)}{error}", file=sys.stderr)
+
+
+def collect(args):
+    """All runs: curves and summary, tables with a row per point and per run, and settings by task and group."""
+    new, reports = read_all(args.runs)
+    curves, summaries, settings = [x for x, _, _ in reports], [x for _, x, _ in reports], {}
+    for _, _, theirs in reports:
+        settings |= {task: settings.get(task, {}) | groups for task, groups in theirs.items()}
+    interval = args.interval or choose_interval([about["args"]["total_timesteps"] for _, about, _ in new])
+    for folder, about, tables in new:
+        task, commit = about["args"]["env_id"], about.get("commit") or ""
+        if reports and variant(folder, about) is None:
+            stop(f"{folder} is not of a suite: give it and the runs it belongs with, no report")
+        known = [step for table, _, _ in reports for step in table["step"][table["task"] == task]]
+        try:
+            points = make_curves(tables, make_grid(known, interval, tables["metrics"]["step"].iloc[-1]))
+            figures = summarise(folder, about, tables)
+        except (ValueError, KeyError, IndexError) as error:
+            skip(folder, error)
             continue
-        peers = [other["args"] for other in runs if other["script"] == about["script"]]
-        differing = [k for k in about["args"] if any(differ(about["args"], p, k) for p in peers)]
-        name = about["script"].split("_")[0].upper()
-        labels.append(" ".join([name, *(f"{k}={about['args'][k]}" for k in differing)]))
-    return labels
+        run = {"task": task, "group": label(folder, about, [x for _, x, _ in new]), "seed": about["args"]["seed"]}
+        check_settings(folder, about, run["group"], settings.setdefault(task, {}))
+        curves.append(points.assign(**run)[[*KEYS, "step", *points.columns.drop("step")]])
+        commit = commit[:12] + "-dirty" * commit.endswith("-dirty")
+        summaries.append(pd.DataFrame([run | {"script": about["script"], "commit": commit} | figures]))
+    if not curves:
+        stop("no finished run among the folders given")
+    summary = pd.concat(summaries).sort_values(KEYS).fillna({"script": "", "commit": ""})
+    if len(twice := summary[summary.duplicated(KEYS)]):
+        stop(f"two runs of {twice['group'].iloc[0]} with seed {twice['seed'].iloc[0]}: leave one out")
+    return pd.concat(curves).sort_values([*KEYS, "step"]), summary, settings
+
+
+# --- intervals
+
+
+def exact_interval(statistic, *sides):
+    """Bootstrap interval of statistic(*sides), sides [S, ...] of runs, from all resamples; None if there are many."""
+    if math.prod(len(side) ** len(side) for side in sides) > EXACT:
+        return None
+    ways = [[side[list(x)] for x in itertools.product(range(len(side)), repeat=len(side))] for side in sides]
+    values = [statistic(*choice) for choice in itertools.product(*ways)]
+    return np.quantile(values, [0.025, 0.975], axis=0, method="inverted_cdf")
+
+
+def mean_interval(rng, *sides):
+    """Mean of a side [S, ...], or of one less another's, and its interval: point, low, high.
+
+    It draws even where it enumerates, so that no interval depends on the size of the groups before.
+    """
+
+    def statistic(ours, *theirs, axis=0):
+        return ours.mean(axis) - sum(x.mean(axis) for x in theirs)
+
+    draws = statistic(*(side[rng.integers(len(side), size=(DRAWS, len(side)))] for side in sides), axis=1)
+    exact = exact_interval(statistic, *sides)
+    return statistic(*sides), *(np.quantile(draws, [0.025, 0.975], axis=0) if exact is None else exact)
+
+
+def rliable_interval(statistic, *sides):
+    """A statistic of rliable and its interval, stratified by task: sides [S, tasks] -> point, low, high. As above."""
+    exact = exact_interval(statistic, *sides) if sides[0].shape[1] == 1 else None  # one task is one stratum
+    scores = {"": sides if len(sides) > 1 else sides[0]}
+    draw = statistic if exact is None else lambda *sides: 0.0
+    drawn = library.get_interval_estimates(scores, lambda *x: np.array([draw(*x)]), reps=DRAWS)[1][""][:, 0]
+    return statistic(*sides), *(drawn if exact is None else exact)
+
+
+# --- tables
+
+
+def estimate(digits, point, low, high, runs=2):
+    """A cell: a figure and its interval, if there are runs enough for one."""
+    interval = f" ({low:.{digits}f} to {high:.{digits}f})" if runs > 1 else ""
+    return "-" if np.isnan(point) else f"{point:.{digits}f}{interval}"
+
+
+def better(ours, theirs):
+    """A cell: P(a run of ours [S, tasks] is better than one of theirs)."""
+    return estimate(2, *rliable_interval(metrics.probability_of_improvement, ours, theirs))
 
 
 def read_published():
-    """The paper's Table 1, at step "end", and its authors' curves: {(task, algorithm, step): return}, all strings."""
-    with PUBLISHED.open() as file:
-        rows = csv.DictReader(x for x in file if not x.startswith("#"))
-        return {(row["task"], row["algorithm"], row["step"]): row["return"] for row in rows}
+    """The paper's Table 1, at step "end", and its authors' curves: (task, algorithm, step) -> return, all strings."""
+    return (
+        pd.read_csv(Path(__file__).with_name("published.csv"), comment="#", dtype=str)
+        .set_index(["task", "algorithm", "step"])["return"]
+        .to_dict()
+    )
 
 
-def draw_curves(axis, curves, grid, colors, rng):
-    """Mean and interval of each group, curves[label][S, K], over the steps grid[K], in the label's colour."""
-    for label, values in curves.items():
-        low, high = interval_of_mean(values, rng)
-        axis.plot(grid, values.mean(0), color=colors[label], label=f"{label} ({len(values)} seeds)")
-        axis.fill_between(grid, low, high, color=colors[label], alpha=0.2, linewidth=0)
-    axis.set(xlabel="environment steps", ylabel=f"return, mean of the last {WINDOW} episodes")
-    axis.legend(loc="best", frameon=False)
+def method(group, script):
+    """The first word with a colour: "bpo-released", ... -> "bpo"; "lambda=1", "bpo_continuous_action" -> "bpo"."""
+    return next((word for word in re.split(r"[\W_]", f"{group} {script}".lower()) if word in COLOURS), "")
 
 
-def draw_groups(axis, curves, baseline, rng):
-    """Mean, interval and seeds of each group at the end, the best on top; the baseline's mean as a line."""
-    ends = {label: values[:, -1] for label, values in curves.items()}
-    order = sorted(ends, key=lambda label: ends[label].mean())
-    for place, label in enumerate(order):
-        low, high = interval_of_mean(ends[label][:, None], rng)
-        color = "C1" if label == baseline else "C0"
-        axis.plot([low[0], high[0]], [place, place], color=color, linewidth=4, alpha=0.4)
-        axis.plot(ends[label], [place] * len(ends[label]), ".", color="0.5", markersize=4)
-        axis.plot(ends[label].mean(), place, "o", color=color)
-    if baseline in ends:
-        axis.axvline(ends[baseline].mean(), color="C1", linewidth=0.8)
-    axis.set_yticks(range(len(order)), order)
-    axis.set(xlabel=f"return, mean of the last {WINDOW} episodes")
+def ends_of(table, name):
+    """Figures of a task's runs at the last step that all have (language models: each one's last), by group and seed."""
+    runs = table.groupby(["group", "seed"])
+    if "pass@1" in table:
+        return runs[name].last()
+    end = runs["step"].max().min()
+    ends = table[table["step"] == end].set_index(["group", "seed"])[name].reindex(runs.size().index)
+    if name == "return" and ends.isna().any():
+        late = ", ".join(f"{group} {seed}" for group, seed in ends.index[ends.isna()])
+        stop(f"{table['task'].iloc[0]}: the shortest run ends at step {end}, where no episode had ended in {late}")
+    return ends
 
 
-def find_folders(paths):
-    """The run folders among the paths and below them, and the paths that hold none: earlier reports."""
-    for path in paths:
-        if (path / "args.json").exists() or not (below := sorted(x.parent for x in path.glob("**/args.json"))):
-            yield path
+def largest_ratio(runs, rng):
+    """A group's largest ratios [S], their mean and its interval; of lost runs an earlier report may have kept these."""
+    own = runs["largest_ratio"].to_numpy()
+    if not np.isnan(own).any():
+        return own, *mean_interval(rng, own)
+    return own[:0], *runs[["kept_ratio", "kept_ratio_low", "kept_ratio_high"]].mean(skipna=False)
+
+
+def llm_cells(table, runs, rng):
+    """Cells of a group of language models besides those of all groups."""
+    curves = table[table["group"] == runs["group"].iloc[0]].pivot(index="seed", columns="step", values="pass@1")
+    outside = runs["ratio/out_of_bounds"].fillna(runs["kept_out_of_bounds"]).mean(skipna=False)
+    ratio = estimate(2, *largest_ratio(runs, rng)[1:], len(runs))
+    start, best = curves.iloc[:, 0].mean(), curves.max(axis=1).mean()
+    return {
+        "start": f"{start:.3f}",
+        "best": f"{best:.3f}",
+        "largest ratio (95%)": ratio,
+        "out of bounds": f"{outside:.1%}",
+    }
+
+
+def group_rows(task, table, runs, baseline, tables, rng):
+    """Adds a task's groups to the tables, rows by name: figures, comparison, published figures; returns the ends."""
+    ends, llm = ends_of(table, next(name for name in PANELS if name in table)), "pass@1" in table
+    end, digits = table.groupby(["group", "seed"])["step"].max().min(), int(ends.abs().max() < 100) + 2 * llm
+    for group, last in ends.groupby("group"):
+        last, own, row = last.to_numpy(), runs[runs["group"] == group], {"task": task, "group": group}
+        mean, iqm = mean_interval(rng, last), rliable_interval(metrics.aggregate_iqm, last[:, None])
+        worst, caught = np.sort(last)[: math.ceil(len(last) / 4)].mean(), own["caught"].mean(skipna=False)
+        figures = {"seeds": len(last), "steps": end, "mean (95%)": estimate(digits, *mean, len(last))}
+        figures |= {
+            "IQM (95%)": estimate(digits, *iqm, len(last)),
+            "std": f"{last.std(ddof=1):.{digits}f}" if len(last) > 1 else "-",
+        }
+        figures |= {"worst quarter": f"{worst:.{digits}f}" if len(last) > FEW else "-"}
+        figures |= {"caught": "-" if np.isnan(caught) else f"{caught:.0%}"} | (
+            llm_cells(table, own, rng) if llm else {}
+        )
+        tables["groups"].append(row | figures | {"each": ", ".join(f"{x:.{digits}f}" for x in last)})
+        base = ends[baseline].to_numpy() if baseline in ends.index and group != baseline and not llm else last[:0]
+        if min(len(last), len(base)) > 1:
+            row |= {f"mean less that of {baseline} (95%)": estimate(digits, *mean_interval(rng, last, base))}
+            tables["against"].append(row | {f"P(better than {baseline}) (95%)": better(last[:, None], base[:, None])})
+        key, published = (task.replace("NoFrameskip-v4", "-v5"), method(group, own["script"].iloc[0])), read_published()
+        if (*key, str(end)) in published:
+            row = {"task": task, "group": group, "steps": end, "ours": f"{last.mean():.{digits}f}"}
+            row |= {"authors' curve at as many": published[*key, str(end)]}
+            tables["published"].append(row | {"paper's Table 1, converged": published.get((*key, "end"), "-")})
+    return ends
+
+
+def seed_rows(ends):
+    """Rows that compare groups of language models with GBPO at equal settings, where seeds meet: t-intervals."""
+    for group in ends.index.unique("group"):
+        gbpo = "GBPO" + group[group.index(" (") :]
+        less = (ends[gbpo] - ends[group]).dropna() if gbpo in ends.index and group != gbpo else ()
+        if len(less) > 1:
+            row = {"pass@1 at the end, seed by seed": f"{gbpo} less {group}", "seeds": len(less)}
+            row["mean (95%)"] = estimate(3, less.mean(), *ttest_1samp(less, 0).confidence_interval())
+            yield row | {"each": ", ".join(f"{x:.2f}" for x in less)}
+
+
+def run_rows(runs):
+    """Rows of a robot's runs, each as far as it went."""
+    for _, run in runs.iterrows():
+        row = {"group": f"`{run['group']}`", "seed": run["seed"], "steps": f"{run['steps']:.0f}"}
+        row["return, last 100 episodes"] = f"{run['last_return']:.1f}"
+        for x in ("deterministic", "stochastic"):
+            row[x] = f"{run[f'{x}_mean']:.1f} +- {run[f'{x}_std']:.1f}".replace("nan +- nan", "-")
+        yield row | {"commit": f"`{run['commit'][:7]}{'-dirty' * run['commit'].endswith('-dirty')}`"}
+
+
+def over_tasks(ends):
+    """Ends by task -> those of the groups that all tasks have, the first runs of each: group -> [runs, tasks]"""
+    tasks = list(ends.values())
+    groups = [x for x in tasks[0].index.unique("group") if all(x in task.index for task in tasks)] if tasks else []
+    least = {x: min(len(task[x]) for task in tasks) for x in groups}
+    return {x: np.stack([task[x].to_numpy()[: least[x]] for task in tasks], axis=1) for x in groups}
+
+
+def markdown(rows):
+    """A table, without columns that say nothing."""
+    table = pd.DataFrame(rows).astype(str)
+    table = table.loc[:, (table != "-").any()]
+    lines = [f"| {' | '.join(row)} |" for row in (table.columns, *table.to_numpy())]
+    return "\n".join([lines[0], "|-" * table.shape[1] + "|", *lines[1:]])
+
+
+# --- pictures
+
+
+def looks_of(methods):
+    """Group -> method to group -> the method's colour, which other groups of the method have before this one."""
+    before = Counter()
+    return {x: (COLOURS.get(name, "#777777"), before.update([name]) or before[name] - 1) for x, name in methods.items()}
+
+
+def line(colour, place):
+    """Style of a line: the method's colour, for its other groups darker or paler, and broken."""
+    dark, pale = [(1, 0), (0.4, 0), (0.5, 0.5), (0.3, 0.3)][place % MANY]
+    return {"color": tuple(np.array(to_rgb(colour)) * dark + pale), "linestyle": ("-", "--", "-.", ":")[place % MANY]}
+
+
+def draw_curves(axis, table, name, looks, rng):
+    """Mean of each group's runs, and its interval, or up to FEW runs each."""
+    for group, runs in table.groupby("group"):
+        runs = runs.assign(point=runs.groupby("seed").cumcount())  # language models have points at different steps
+        wide = runs.pivot(index="seed", columns="point", values=["step", name])
+        steps, values = wide["step"].mean().to_numpy(), wide[name].to_numpy()  # [K], [S, K]
+        style, (mean, *sides) = line(*looks[group]), mean_interval(rng, values)
+        if len(values) > FEW:
+            axis.fill_between(steps, *sides, color=style["color"], alpha=0.2, linewidth=0)
+        for each in values if len(values) <= FEW else ():
+            axis.plot(
+                steps[np.isfinite(each)], each[np.isfinite(each)], color=style["color"], alpha=0.35, linewidth=0.7
+            )
+        axis.plot(steps[np.isfinite(mean)], mean[np.isfinite(mean)], label=group, **style)
+    axis.set(xlabel="completions" if "pass@1" in table else "environment steps", ylabel=PANELS[name])
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def draw_ends(axis, figures, title, looks):
+    """A row per group of its runs, mean and interval: group -> (values [S], mean, low, high)."""
+    for place, (group, (values, mean, low, high)) in enumerate(figures.items()):
+        axis.plot([low, high], [place, place], color=looks[group][0], linewidth=5, alpha=0.4, solid_capstyle="butt")
+        axis.plot(values, [place] * len(values), ".", color="0.35", markersize=3)
+        axis.plot(mean, place, "o", color=looks[group][0])
+    axis.set_yticks(range(len(figures)), figures)
+    axis.set(xlabel=title, ylim=(-0.6, len(figures) - 0.4))
+
+
+def draw_task(axes, table, runs, looks, rng):
+    """A panel per curve of a task's runs, or of many groups per figure at the end, the best on top."""
+    names = [name for name in PANELS if name in table]
+    order = ends_of(table, names[0]).groupby("group").mean().sort_values().index
+    many = len(order) > MANY
+    for axis, name in zip(axes, names):
+        if many:
+            ends = {x: ends_of(table, name)[x].to_numpy() for x in order}
+            figures = {x: (ends[x], *mean_interval(rng, ends[x])) for x in order}
+            if name == "ratio_max":
+                figures = {x: largest_ratio(runs[runs["group"] == x], rng) for x in order}
+            draw_ends(axis, figures, PANELS[name], looks)
         else:
-            yield from below
+            draw_curves(axis, table, name, looks, rng)
+        scale = "log" if name in ("ratio_max", "charts/learning_rate") else "linear"
+        axis.set(**{"xscale" if many else "yscale": scale})
+    axes[0].set_title(table["task"].iloc[0])
+
+
+def make_figure(panels, rows=0):
+    """A figure and its axes, for curves or for so many rows each."""
+    columns = 2 if panels in (2, 4) else min(panels, 3)
+    lines = math.ceil(panels / columns)
+    size = (6.5 * columns, (0.9 + 0.25 * rows) * lines) if rows else (4.8 * columns, 3.3 * lines + 0.4)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[panels:]:
+        axis.remove()
+    return figure, axes.flat[:panels]
+
+
+def save(figure):
+    """The figure as a PNG file's bytes, with one legend for all its curves."""
+    lines = {name: line for axis in figure.axes for line, name in zip(*axis.get_legend_handles_labels())}
+    if lines:
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=MANY, frameon=False)
+    figure.savefig(buffer := io.BytesIO(), dpi=100)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def aggregate(ends, baseline, tables, looks):
+    """Compares the groups that all tasks have, by normalised scores; ends by task -> picture."""
+    scales = {task: NORMAL.get(re.sub(r"-v\d+$", "", task)) for task in ends}
+    scores = over_tasks({task: values / scales[task] for task, values in ends.items() if scales[task]})
+    if not scores:
+        stop("--aggregate needs tasks with a published score, and a group that has runs of all of them")
+    figures = {x: (y.mean(1), *rliable_interval(metrics.aggregate_iqm, y)) for x, y in scores.items()}
+    figure, axes = make_figure(2)
+    draw_ends(axes[0], figures, "IQM of normalised scores (dots: a run of each task)", looks)
+    grid = np.linspace(0, max(x.max() for x in scores.values()), 101)
+    for group, profile in (drawn := library.create_performance_profile(scores, grid, reps=DRAWS))[0].items():
+        style = line(*looks[group])
+        axes[1].fill_between(grid, *drawn[1][group], color=style["color"], alpha=0.2, linewidth=0)
+        axes[1].plot(grid, profile, label=group, **style)
+        row = {"group": group, "runs of each task": len(scores[group])}
+        row |= {
+            "tasks": ", ".join(x for x in ends if scales[x]),
+            "IQM, normalised (95%)": estimate(3, *figures[group][1:]),
+        }
+        compared = group != baseline and baseline in scores
+        row[f"P(better than {baseline}) (95%)"] = better(scores[group], scores[baseline]) if compared else "-"
+        tables["aggregate"].append(row)
+    axes[1].set(xlabel="normalised score", ylabel="share of runs above it")
+    return save(figure)
+
+
+# --- the report
+
+
+def write_all(folder, files):
+    """Writes files, name -> bytes, all or none: a full disk leaves the old ones whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = {name: folder / f".{name}.new" for name in files}
+    try:
+        for name, path in new.items():
+            with path.open("wb") as file:
+                file.write(files[name])
+                file.flush()
+                os.fsync(file.fileno())
+        for name, path in new.items():
+            path.replace(folder / name)
+    except OSError as error:
+        for path in new.values():
+            path.unlink(missing_ok=True)
+        stop(f"cannot write to {folder}, which is as before: {error.strerror}")
+
+
+def make_report(tasks, summary, baseline, looks, rng):
+    """Rows of the tables by name, the picture, and ends by task, from curves by task and figures of runs."""
+    tables, ends = {name: [] for name in ("groups", "runs", "against", "pairs", "aggregate", "published")}, {}
+    panels = {task: sum(name in table for name in PANELS) for task, table in tasks.items()}
+    groups = max(table["group"].nunique() for table in tasks.values())
+    figure, axes = make_figure(sum(panels.values()), groups * (groups > MANY))
+    for task, table in tasks.items():
+        runs = summary[summary["task"] == task]
+        ends[task] = group_rows(task, table, runs, baseline, tables, rng)
+        tables["pairs"] += seed_rows(ends[task]) if "pass@1" in table else []
+        tables["runs"] += run_rows(runs) if runs["last_return"].notna().any() else []
+        draw_task(axes[: panels[task]], table, runs, looks, rng)
+        axes = axes[panels[task] :]
+    scores = over_tasks(ends) if len(ends) > 1 else {}
+    for group in [x for x in scores if x != baseline and baseline in scores]:
+        about = f"all, first {len(scores[group])} and {len(scores[baseline])} runs of each"
+        row = {"task": about, "group": group, f"mean less that of {baseline} (95%)": "-"}
+        chance = better(scores[group], scores[baseline])
+        tables["against"].append(row | {f"P(better than {baseline}) (95%)": chance})
+    return tables, save(figure), ends
 
 
 def main(args):
-    if args.interval < 1 or args.output.is_file():
-        wrong = "--interval must be at least 1" if args.interval < 1 else f"--output {args.output} is a file"
-        print(f"error: {wrong}", file=sys.stderr)
-        sys.exit(2)
+    if args.output.is_file() or (args.interval is not None and args.interval < 1):
+        stop(f"--output {args.output} is a file" if args.output.is_file() else "--interval must be at least 1")
     matplotlib.use("Agg")
+    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     np.random.seed(0)  # rliable draws from this generator, whatever random_state it is given
-    import matplotlib.pyplot as plt
-
-    found, new, settings = [], [], {}  # settings: task -> group -> those of its first run
-    for folder in find_folders(args.runs):
-        if (folder / "curves.csv").exists():  # is never skipped: --output may be the same folder
-            try:
-                earlier, theirs = read_report(folder, args.interval)
-                found += earlier
-                for task, groups in theirs.items():
-                    settings[task] = settings.get(task, {}) | groups
-            except (OSError, ValueError, KeyError) as error:
-                print(f"error: no report to extend: {folder}: {error}", file=sys.stderr)
-                sys.exit(2)
-            continue
-        try:
-            (about, steps, returns), summary = read_run(folder), summarise(folder)
-            grid = np.arange(args.interval, about["args"]["total_timesteps"] + 1, args.interval)
-            if len(grid) == 0 or steps[0] > grid[-1]:
-                raise ValueError("no episode had ended by a point of the curve: see --interval")
-            commit = about.get("commit", "")
-            made_by = about["script"], commit[:12] + "-dirty" * commit.endswith("-dirty")
-            run = Run(
-                about["args"]["env_id"], "", about["args"]["seed"], *made_by, curve(steps, returns, grid), summary
-            )
-            new.append((folder, about, run))
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            missing = isinstance(error, KeyError)
-            print(f"skipped {folder}: {'it has no ' * missing}{error}", file=sys.stderr)
-    if found and (other := next((folder for folder, about, _ in new if variant(folder, about) is None), None)):
-        print(f"error: {other} is not of a suite: give it and the runs it belongs with, no report", file=sys.stderr)
-        sys.exit(2)
-    for label, (folder, about, run) in zip(label_runs([x[0] for x in new], [x[1] for x in new]), new):
-        run.group = label
-        found.append(run)
-        own = {name: x for name, x in about["args"].items() if name not in SAME_GROUP}
-        groups = settings.setdefault(run.task, {})
-        other = [x for x in own if x != "total_timesteps" and differ(own, groups.setdefault(label, own), x)]
-        beside = (own, *groups.values())
-        one_length = len({x["total_timesteps"] for x in beside}) == 1
-        if not one_length and any(x.get("lr_schedule") == "linear" for x in beside):
-            other.append("total_timesteps, on which the learning rate depends")
-        if other:
-            print(
-                f"error: {folder} has other settings than other runs: {', '.join(other)}; make a report of each",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-    if not found:
-        print("error: no finished run among the folders given", file=sys.stderr)
-        sys.exit(2)
-    groups = {}
-    for run in found:
-        group = groups.setdefault(run.task, {}).setdefault(run.group, {})
-        if run.seed in group:
-            print(f"error: two runs of {run.group} with seed {run.seed}: leave one out", file=sys.stderr)
-            sys.exit(2)
-        group[run.seed] = run
-    algorithms = {run.group: run.script.split("_")[0] for run in found}
-    baseline = args.baseline or next((x for x in algorithms if x == "default"), None)
-    baseline = baseline or next((x for x in sorted(algorithms) if algorithms[x] == "ppo"), None)
-    if args.baseline and args.baseline not in algorithms:
-        print(f"error: no group {args.baseline}: there are {', '.join(sorted(algorithms))}", file=sys.stderr)
-        sys.exit(2)
-
-    tasks = sorted(groups)
-    many = max(map(len, groups.values())) > MANY
-    size = (8, 0.5 + 0.28 * max(map(len, groups.values()))) if many else (6.4, 4)
-    figure, axes = plt.subplots(1, len(tasks), figsize=(size[0] * len(tasks), size[1]), squeeze=False)
-    rows, summaries = ["task,group,seed,step,return"], [",".join(["task,group,seed,script,commit", *found[0].summary])]
-    table = ["| task | group | seeds | steps | mean | 95% | IQM | 95% | std | each |", "|-|-|-|-|-|-|-|-|-|-|"]
-    against = [
-        f"| task | group | mean less that of {baseline} | 95% | P(better than {baseline}) | 95% |",
-        "|-|-|-|-|-|-|",
-    ]
-    beside = [
-        "| task | group | steps | ours | authors' curve at as many | paper's Table 1, converged |",
-        "|-|-|-|-|-|-|",
-    ]
-    rng, published, ends = np.random.default_rng(0), read_published(), {}
-    colors = {label: f"C{i}" for i, label in enumerate(sorted({x for task in tasks for x in groups[task]}))}
-    for axis, task in zip(axes[0], tasks):
-        runs = {label: dict(sorted(group.items())) for label, group in sorted(groups[task].items())}
-        length = min(len(run.points) for group in runs.values() for run in group.values())
-        late = [f"{x} {s}" for x, group in runs.items() for s, run in group.items() if np.isnan(run.points[length - 1])]
-        if late:
-            print(
-                f"error: {task}: no episode had ended by step {length * args.interval} in {', '.join(late)}: "
-                "the shortest run ends there, leave out one or the other",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        grid = args.interval * np.arange(1, length + 1)
-        end = grid[-1]
-        curves = {label: np.array([x.points[:length] for x in group.values()]) for label, group in runs.items()}
-        ends[task] = {label: values[:, -1] for label, values in curves.items()}
-        digits = 1 if all(abs(x).max() < 100 for x in ends[task].values()) else 0
-        for label, group in runs.items():
-            for seed, run in group.items():
-                steps = args.interval * np.arange(1, len(run.points) + 1)
-                rows += [f"{task},{label},{seed},{step},{value:.6g}" for step, value in zip(steps, run.points)]
-                figures = [f"{x:.5g}" for x in run.summary.values()]
-                summaries.append(",".join([task, label, str(seed), run.script, run.commit, *figures]))
-            last = ends[task][label]
-            low, high = interval_of_mean(last[:, None], rng)
-            iqm, iqm_low, iqm_high = interquartile_mean(last)
-            each = ", ".join(f"{x:.{digits}f}" for x in last)
-            cells = f"{last.mean():.{digits}f} | - | {iqm:.{digits}f} | - | -"
-            if len(last) > 1:
-                figures = last.mean(), low[0], high[0], iqm, iqm_low, iqm_high, last.std(ddof=1)
-                cells = "{} | {} to {} | {} | {} to {} | {}".format(*(f"{x:.{digits}f}" for x in figures))
-            table.append(f"| {task} | {label} | {len(last)} | {end} | {cells} | {each} |")
-            theirs = task.replace("NoFrameskip-v4", "-v5"), algorithms[label]
-            if (at := published.get((*theirs, str(end)))) is not None:
-                converged = published.get((*theirs, "end"), "-")
-                beside.append(f"| {task} | {label} | {end} | {last.mean():.{digits}f} | {at} | {converged} |")
-            if label != baseline and len(last) > 1 and len(ends[task].get(baseline, ())) > 1:
-                difference = difference_of_means(last, ends[task][baseline], rng)
-                improvement = probability_of_improvement(last[:, None], ends[task][baseline][:, None])
-                figures = [f"{x:.{digits}f}" for x in difference] + [f"{x:.2f}" for x in improvement]
-                cells = "{} | {} to {} | {} | {} to {}".format(*figures)
-                against.append(f"| {task} | {label} | {cells} |")
-        draw_groups(axis, curves, baseline, rng) if many else draw_curves(axis, curves, grid, colors, rng)
-        axis.set_title(f"{task}, {end} steps" if many else task)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
-    for label in sorted(set.intersection(*map(set, ends.values())) - {baseline}) if len(tasks) > 1 else ():
-        if all(baseline in x for x in ends.values()):  # rliable takes as many runs of every task
-            pairs = [[x[name] for x in ends.values()] for name in (label, baseline)]
-            scores = [np.stack([x[: min(map(len, each))] for x in each], axis=1) for each in pairs]
-            cells = "{:.2f} | {:.2f} to {:.2f}".format(*probability_of_improvement(*scores))
-            seeds = " and ".join(str(len(x)) for x in scores)
-            against.append(f"| all, first {seeds} runs of each | {label} | - | - | {cells} |")
-
-    commits = Counter(run.commit or "unknown" for run in found)
-    made_by = ", ".join(f"{commit} ({count} runs)" for commit, count in commits.most_common())
-    parts = [table] + [x for x in (against, beside) if len(x) > 2] + [[f"Commits: {made_by}."]]
-    text = "\n\n".join("\n".join(part) for part in parts) + "\n"
-    args.output.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(args.output / ("groups.png" if many else "curves.png"), dpi=110)
-    plt.close(figure)
-    (args.output / "curves.csv").write_text("\n".join(rows) + "\n")
-    (args.output / "summary.csv").write_text("\n".join(summaries) + "\n")
-    (args.output / "settings.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
-    (args.output / "table.md").write_text(text)
+    curves, summary, settings = collect(args)
+    methods = {x: method(x, script) for x, script in summary.groupby("group")["script"].first().items()}
+    usual = ["default"] * ("default" in methods) + [x for x in methods if methods[x] == "ppo"]
+    if (baseline := args.baseline or next(iter(usual), "none")) not in methods and args.baseline:
+        stop(f"no group {baseline}: there are {', '.join(methods)}")
+    tasks = {task: table.dropna(axis=1, how="all") for task, table in curves.groupby("task")}
+    full, looks = summary.reindex(columns=summary.columns.union(FIGURES)), looks_of(methods)
+    tables, picture, ends = make_report(tasks, full, baseline, looks, np.random.default_rng(0))
+    files = {"curves.png": picture}
+    if args.aggregate:
+        files["aggregate.png"] = aggregate(ends, baseline, tables, looks)
+    commits = summary["commit"].replace("", "unknown").value_counts()
+    made_by = f"Commits: {', '.join(f'{commit} ({count} runs)' for commit, count in commits.items())}."
+    text = "\n\n".join([*(markdown(rows) for rows in tables.values() if rows), made_by]) + "\n"
+    files["curves.csv"] = curves.to_csv(index=False, float_format="%.6g").encode()
+    files["summary.csv"] = summary.dropna(axis=1, how="all").to_csv(index=False, float_format="%.8g").encode()
+    files["settings.json"] = (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
+    write_all(args.output, files | {"table.md": text.encode()})
     print(text, end="")
 
 

@@ -14,8 +14,8 @@ continuous  Stable-Baselines3's PPO (MlpPolicy, make_vec_env): 4 environments, 5
 atari       Stable-Baselines3's PPO (CnnPolicy, make_atari_env): 8 environments, 128 steps, minibatches of 256, 4 epochs
 llm         TRL's GRPOTrainer: the same model, prompts, batches and lengths; without evaluations and checkpoints
 locomotion  the bare simulator, measured before and after every program
-mjlab       RSL-RL's PPO (pip install -r requirements-mjlab.txt), its logging off: 24 steps, 4 minibatches, mjlab's choice
-            of normalisation; BPO has, as in the paper, 10 epochs in place of 5 and a third network
+mjlab       RSL-RL's PPO (pip install -r requirements-mjlab.txt), its logging off: 24 steps, 4 minibatches; BPO has 10
+            epochs in place of 5 and a third network, as in the paper
 """
 
 import importlib.util
@@ -50,7 +50,7 @@ class Args:
     iterations: int | None = None  # iterations of each measurement, warm-up included
     env_id: str | None = None  # task
     num_envs: int | None = None  # locomotion, mjlab: environments stepped in parallel
-    hidden_sizes: tuple[int, ...] | None = None  # continuous: widths to measure; mjlab: widths of a network's layers
+    hidden_sizes: tuple[int, ...] | None = None  # continuous: widths to measure; mjlab: widths of the layers
     minibatch_sizes: tuple[int, ...] | None = None  # continuous: sizes to measure
     device: Literal["cpu", "cuda"] | None = None  # mjlab: where all of it runs
     cores: tuple[int, ...] = (0,)  # processor cores that all are pinned to, one thread each
@@ -63,7 +63,7 @@ def bad_input(line):
     sys.exit(2)
 
 
-# --- the peers: case -> [(work done, time)] at the start and after each iteration
+# --- the peers: (work done, time) at the start and after each iteration
 
 
 def train_sb3(policy, envs, case, **settings):
@@ -149,7 +149,7 @@ def peer_llm(case):
 
 
 def peer_locomotion(case):
-    """Random actions with the scripts' initial standard deviation; steps that only reset a robot are not counted."""
+    """Random actions with the scripts' initial deviation; steps that only reset a robot are not counted."""
     import envpool
     import numpy as np
 
@@ -202,19 +202,19 @@ class Pair:
     peer: str  # its name in the table
     ratio: str  # heading of the ratio to it
     run_peer: Callable  # case -> points
-    flags: str  # that all scripts get, besides --total-timesteps
+    flags: str  # of all scripts
     steps: int  # per iteration (and environment, if there is --num-envs)
     programs: tuple[str, ...]  # scripts with flags
     defaults: dict  # of the command line
     warm_up: int  # iterations
     folder: str  # in benchmark/results
-    columns: tuple[str, ...] = ()  # of speed.json, before the program
+    columns: tuple[str, ...] = ()  # of speed.json
     needs: tuple[str, ...] = ()  # the peer's modules
     requirements: str = "benchmark/requirements.txt"
     unit: str = "steps"
     rate: str = "steps_per_second"  # in speed.json
     peer_first: bool = False
-    between: bool = False  # measure the peer before and after every program
+    between: bool = False  # the peer runs around every program
 
 
 SB3 = dict(peer="stable-baselines3", ratio="times SB3")

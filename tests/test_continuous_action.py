@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis.strategies import floats, integers, lists, sampled_from
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -66,6 +66,7 @@ def literal_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 @SCRIPTS
 @quick
 @given(SEEDS, integers(1, 14), integers(1, 3), *map(sampled_from, ([0, 0.1, 0.5], [0, 0.9, 1], [0, 0.95, 1])))
+@example(seed=0, steps=14, num=3, ends=0.1, gamma=0.9, gae_lambda=0.95)
 def test_gae_is_the_sum_of_discounted_errors_within_episodes(script, seed, steps, num, ends, gamma, gae_lambda):
     rng = np.random.default_rng(seed)
     rewards, values = rng.normal(size=(steps, num)), rng.normal(size=(steps + 1, num))
@@ -114,20 +115,21 @@ def test_running_normalizer_equals_numpy_over_all_batches(script, seed, sizes, s
 def test_rewards_are_scaled_by_discounted_returns_that_go_on_across_calls_and_checkpoints(script):
     _, agent = make_agent(script, torch.float32, num_envs=3)
     rewards, valid = np.random.default_rng(0).normal(1, 1, (120, 3)).astype(np.float32), np.ones((120, 3), bool)
-    rewards[70, 1] = 1e4  # more than ten deviations
+    rewards[119, 1] = 1e4  # more than ten deviations
     valid[[20, 59, 90], [0, 1, 2]] = False  # dummies, whose reward is 0, begin a new sum
     rewards *= valid
     sums, current = [], np.zeros(3)
     for half in (slice(0, 60), slice(60, 120)):
         for reward, real in zip(rewards[half], valid[half]):
-            current = np.where(real, reward + 0.5 * current, 0)
+            current = np.where(real, reward + 0.99 * current, 0)
             sums += current[real].tolist()
-        scaled = agent.scale_rewards(torch.from_numpy(rewards[half]), torch.from_numpy(valid[half]), 0.5)
+        scaled = agent.scale_rewards(torch.from_numpy(rewards[half]), torch.from_numpy(valid[half]), 0.99)
         expected = (rewards[half] / np.sqrt(np.var(sums) + 1e-8)).clip(-10, 10)
         allclose(scaled, expected, rtol=1e-5, atol=1e-7)
+        allclose(agent.state_dict()["discounted_return"], current, rtol=1e-6)
         saved, (_, agent) = agent.state_dict(), make_agent(script, torch.float32, num_envs=3)
         agent.load_state_dict(saved)
-    assert scaled[10, 1] == 10
+    assert scaled[59, 1] == 10
 
 
 # --- the target ratio and the median loss

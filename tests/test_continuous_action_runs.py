@@ -333,7 +333,9 @@ def test_args_json_carries_commit_and_versions(hopper):
     script, run_dir = hopper
     about = json.loads((run_dir / "args.json").read_text())
     assert (about["script"], about["format"]) == (script.SCRIPT, script.FORMAT)
-    assert script.Args(**about["args"]) == script.Args(total_timesteps=25_000, compile=False, output_dir=run_dir.parent)
+    assert script.Args(**about["args"]) == script.Args(
+        total_timesteps=25_000, compile=False, output_dir=str(run_dir.parent)
+    )
     assert set(about["args"]) == {x.name for x in dataclasses.fields(script.Args)}
     versions = {x.__name__: x.__version__ for x in (torch, gym, np, sys.modules["envpool"])}
     assert about["versions"] == versions
@@ -445,34 +447,32 @@ def settings_of(run_dir):
     return json.loads((run_dir / "args.json").read_text())["args"]
 
 
+@pytest.mark.slow
 @SCRIPTS
-def test_twenty_kills_lose_and_double_no_row(script, tmp_path, tiny_runs):
-    """Every kill comes at a random moment: while it starts, trains or writes."""
-    rng, killed, step = random.Random(1), 0, None
-    words = options(**TINY | dict(checkpoint_seconds=0.02, output_dir=tmp_path), total_timesteps=9600)
-    while killed < 20:
-        before = rows_on_disk(tmp_path)[1]
+def test_twenty_kills_lose_and_double_no_row(script, tmp_path):
+    """Every kill comes at a random moment: while the run starts, trains or writes."""
+    rng, words, step = random.Random(1), [], None
+    settings, total = TINY | dict(lr_schedule="constant", checkpoint_seconds=0.02), 6400
+    for kill in range(20):
+        lines = rows_on_disk(tmp_path)[1]
+        words = words or options(**settings, total_timesteps=total, output_dir=tmp_path)
         pid = fork(script, words, tmp_path)
-        if killed % 3 == 0:
-            run_dir = wait_for_rows(tmp_path, before + rng.randrange(2, 8), pid)
-        time.sleep(rng.uniform(0, 0.03 if killed % 3 == 0 else 0.3))
+        if kill % 3 == 0:
+            run_dir = wait_for_rows(tmp_path, lines + rng.randrange(2, 8), pid)
+        time.sleep(rng.uniform(0, 0.03 if kill % 3 == 0 else 0.2))
         os.kill(pid, signal.SIGKILL)
-        assert end_of(pid, tmp_path) == (-signal.SIGKILL, []), f"kill {killed} came too late"
-        killed += 1
-        words = ["--resume", run_dir]
-        step = step or torch.load(run_dir / "checkpoint.pt")["step"]
+        assert end_of(pid, tmp_path) == (-signal.SIGKILL, []), f"kill {kill} came too late"
+        words, step = ["--resume", run_dir], step or torch.load(run_dir / "checkpoint.pt")["step"]
     assert end_of(fork(script, words, tmp_path), tmp_path) == (0, [])
-    metrics, episodes = read(run_dir / "metrics.csv"), read(run_dir / "episodes.csv")
-    assert column(metrics, "step").tolist() == list(range(32, 9601, 32))
-    assert column(episodes, "step").tolist() == [step for end in range(4, 9601, 4) for step in [end] * 4]
     assert (run_dir / "agent.pt").exists() and not list(run_dir.glob("*.tmp"))
-    undisturbed = train(script, tmp_path / "undisturbed", **TINY, total_timesteps=9600)
-    for name, rows in (("metrics.csv", metrics), ("episodes.csv", episodes)):
-        assert step > 0 and comparable(rows, step) == comparable(read(undisturbed / name), step)
     agent, _ = load(script, run_dir)
-    assert agent.obs_stats.count == agent.return_stats.count == 9600
-    rates = column(metrics, "charts/learning_rate")
-    np.testing.assert_allclose(rates, 3e-4 * (1 - np.arange(0, 9600, 32) / 9600), rtol=1e-4)
+    assert agent.obs_stats.count == agent.return_stats.count == total
+    undisturbed = train(script, tmp_path / "undisturbed", **settings, total_timesteps=step)
+    ends = {"metrics.csv": range(32, total + 1, 32), "episodes.csv": np.repeat(range(4, total + 1, 4), 4)}
+    for name, steps in ends.items():
+        rows = read(run_dir / name)
+        assert column(rows, "step").tolist() == list(steps)
+        assert step > 0 and comparable(rows, step) == comparable(read(undisturbed / name))
 
 
 @SCRIPTS
@@ -780,22 +780,29 @@ BAD_VALUES |= dict(activation=["gelu"], no_such_setting=[1])
 BAD_BPO_VALUES = dict(ratio_low=[1.0, 1.2, -0.1, NAN], ratio_high=[1.0, 0.9, INF, NAN], temperature=[0.0, -1.0, NAN])
 BAD_BPO_VALUES |= dict(median_temperature=[0.0, NAN], median_coef=[-1.0, NAN], tv_coef=[-1.0, NAN], clip_coef=[1.5])
 BAD_BPO_VALUES |= dict(divergence=["js"], median_network=["head"])
+BAD_TOGETHER = [{"divergence": "kl", "clip_coef": 1.0}, {"divergence": "kl", "tv_coef": 0.1}]
 CASES = [(script, {name: x}) for script in BOTH.values() for name, values in BAD_VALUES.items() for x in values]
-CASES += [(bpo, {name: x}) for name, values in BAD_BPO_VALUES.items() for x in values]
-CASES += [(bpo, {"divergence": "kl", "clip_coef": 1.0}), (bpo, {"divergence": "kl", "tv_coef": 0.1})]
+CASES += [(bpo, {name: x}) for name, values in BAD_BPO_VALUES.items() for x in values] + [
+    (bpo, x) for x in BAD_TOGETHER
+]
+TYPED_CASES = [(script, {name: values[-1]}) for script in BOTH.values() for name, values in BAD_VALUES.items()]
+TYPED_CASES += [(bpo, {name: values[-1]}) for name, values in BAD_BPO_VALUES.items()] + [(bpo, BAD_TOGETHER[1])]
 
 
 @pytest.mark.parametrize("script, settings", CASES, ids=lambda x: getattr(x, "SCRIPT", "")[:3] or str(x))
-def test_bad_settings_are_refused(script, settings, tmp_path, monkeypatch, capsys):
-    """By the function that checks and, on the command line, in a box, before anything is created."""
+def test_bad_settings_are_refused(script, settings):
     with pytest.raises(pydantic.ValidationError):
         script.Args(**settings)
+
+
+@pytest.mark.parametrize("script, settings", TYPED_CASES, ids=lambda x: getattr(x, "SCRIPT", "")[:3] or str(x))
+def test_bad_settings_on_the_command_line_are_a_box(script, settings, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, lines = command_line(script, options(**settings), monkeypatch, capsys)
     assert code == 2 and not list(tmp_path.iterdir())
     assert lines and not any("Traceback" in line for line in lines)
-    names = {"--" + name.replace("_", "-") for name in settings} | {"0 <= low < 1 < high"}
-    assert any(name in line for name in names for line in lines)
+    names = {*settings, *(word for word in options(**settings) if word[:2] == "--"), "0 <= low < 1 < high"}
+    assert any(name in line for name in names for line in lines), lines
 
 
 GYM = ["--env-backend", "gymnasium", "--env-id"]

@@ -346,8 +346,8 @@ BAD_RUNS = {
     "old format": (lambda x: write_about(x, format=1), "cannot use the run"),
     "no agent": (lambda x: [(x / y).unlink() for y in ("agent.pt", "checkpoint.pt")], "cannot use the run"),
     "half an agent": (lambda x: os.truncate(x / "agent.pt", 5000), "cannot use the run"),
-    "no weights": (lambda x: torch.save({}, x / "agent.pt"), "agent.pt of"),
-    "no dict": (lambda x: torch.save([1], x / "agent.pt"), "agent.pt of"),
+    "no weights": (lambda x: torch.save({}, x / "agent.pt"), "agent.pt"),
+    "no dict": (lambda x: torch.save([1], x / "agent.pt"), "agent.pt"),
     "other sizes": (
         lambda x: write_about(x, args=dataclasses.asdict(bpo.Args(**TINY | {"hidden_size": 8}))),
         "not fit",
