@@ -362,11 +362,8 @@ def measure(agent, batch, args):
     for name, chosen in (("high", ratio >= 1), ("low", ratio <= 1)):
         side = ratio[chosen] if chosen.any() else torch.ones(1)
         stats |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
-    unexplained, var = (batch["returns"] - batch["values"]).var(correction=0), batch["returns"].var(correction=0)
-    stats |= {
-        "losses/explained_variance": 1 - unexplained / var.clamp(min=1e-8),
-        "charts/log_std": agent.log_std.mean(),
-    }
+    unexplained = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
+    stats |= {"losses/explained_variance": 1 - unexplained, "charts/log_std": agent.log_std.mean()}
     return {name: x.item() for name, x in stats.items()}
 
 
@@ -396,8 +393,8 @@ def train(args):
                 lr.fill_(args.learning_rate * (1 - state.step / args.total_timesteps))
             rollout, episodes = collect(agent, envs, state, args)
             batch = prepare(agent, rollout, args)
-            if len(batch["obs"]) == 0:
-                continue  # --num-steps 1, and every environment has just been reset
+            if len(batch["obs"]) < 2:
+                continue  # a tiny rollout, after the ends of episodes
             metrics = update(agent, optimizer, gradient_function, batch, args) | measure(agent, batch, args)
             agent.obs_stats.update(rollout["obs"][:-1][rollout["valid"]])  # only now: the update sees what acting saw
             run.log(state.step, episodes, metrics | {"charts/learning_rate": lr.item()})
