@@ -466,7 +466,7 @@ def train(args):
             agent.obs_stats.update(rollout["obs"][:-1][rollout["valid"]])  # only now: the update sees what acting saw
             run.log(state.step, episodes, metrics | {"charts/learning_rate": lr.item()})
         envs.close()
-        return run.finish()
+        return run.finish(state.step)
 
 
 # --- running: folders, logs and checkpoints; no algorithm below
@@ -608,8 +608,9 @@ class Run(ExitStack):
         write_atomically(self.dir / "checkpoint.pt", state)
         self.save_time = time.time()
 
-    def finish(self):
+    def finish(self, step):
         """Saves the last checkpoint and, if the run is complete, agent.pt; returns the folder."""
+        self.step = step
         self.save()
         if self.step < self.args.total_timesteps:
             raise SystemExit(self.stop_message())
