@@ -5,15 +5,21 @@ Schulman et al., 2017, https://arxiv.org/abs/1707.06347. All else is its sibling
     python ppo_continuous_action.py --env-id Hopper-v4
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports below
+
+import argparse
 import dataclasses
 import difflib
+import io
 import json
 import math
 import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -25,16 +31,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports below
-
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
 from filelock import FileLock, Timeout
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, model_validator
+from pydantic import Field, PositiveInt, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
@@ -42,6 +45,8 @@ from torch.utils.tensorboard import SummaryWriter
 SCRIPT = Path(__file__).stem
 Size = Annotated[int, Field(ge=1, le=10**6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e38)]
+NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 
 
 @dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
@@ -54,29 +59,29 @@ class Args:
     num_steps: Size = 512  # steps per environment and iteration, T
     minibatch_size: Size = 64  # samples per gradient step
     update_epochs: Size = 10  # passes over the rollout per iteration
-    learning_rate: PositiveFloat = 3e-4  # Adam's step size, at the start if it is scheduled
+    learning_rate: Positive = 3e-4  # Adam's step size, at the start if it is scheduled
     # linear: to 0 at the last step; adaptive: by --desired-kl, as RSL-RL does (the paper's "ADP")
     lr_schedule: Literal["constant", "linear", "adaptive"] = "linear"
-    desired_kl: PositiveFloat = 0.01  # KL divergence from the old policy that adaptive aims at, in nats
-    target_kl: PositiveFloat | None = None  # no further epoch above this approximate KL, in nats
+    desired_kl: Positive = 0.01  # KL divergence from the old policy that adaptive aims at, in nats
+    target_kl: Positive | None = None  # no further epoch above this approximate KL, in nats
     gamma: Fraction = 0.995  # discount factor
     gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation
-    clip_coef: PositiveFloat = 0.2  # epsilon: the ratio's bounds are 1 -+ epsilon
+    clip_coef: Positive = 0.2  # epsilon: the ratio's bounds are 1 -+ epsilon
     objective: Literal["clip", "spo"] = "clip"  # PPO's, or Simple Policy Optimization's quadratic penalty
     norm_adv: bool = True  # divide advantages by the minibatch's standard deviation; PPO centres them as well
     norm_obs: bool = True  # standardise observations with running statistics
     norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
-    vf_coef: NonNegativeFloat = 0.5  # w_1, weight of the value loss
+    vf_coef: NonNegative = 0.5  # w_1, weight of the value loss
     clip_vloss: bool = False  # clip the value's change by --clip-coef, too
-    ent_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
-    max_grad_norm: PositiveFloat = 0.5  # largest norm of the gradient over all networks
+    ent_coef: NonNegative = 0.0  # weight of the entropy bonus
+    max_grad_norm: Positive = 0.5  # largest norm of the gradient over all networks
     hidden_size: Size = 64  # width of each network's two hidden layers
     activation: Literal["tanh", "relu", "elu"] = "tanh"  # nonlinearity of the hidden layers
     log_std_init: float = -0.5  # initial logarithm of the policy's standard deviation
     compile: bool = True  # torch.compile the gradient step, if there is a C++ compiler
     exp_name: str = SCRIPT  # a part of the run's name
     output_dir: str = "runs"  # parent of the run's folder
-    checkpoint_seconds: NonNegativeFloat = 30  # between checkpoints; 0: one after every iteration
+    checkpoint_seconds: NonNegative = 30  # between checkpoints; 0: one after every iteration
     resume: str | None = None  # RUN_DIR: go on with this run; --total-timesteps may differ
     track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "bounded-ratio-rl"  # Weights & Biases project
@@ -270,6 +275,11 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     return advantages, advantages + values[:-1]
 
 
+def require_finite(x, name, args):
+    if not np.abs(x).max() < 3e38:
+        raise BrokenRun(f"{args.env_id} returned {name} that is no finite float32")
+
+
 @torch.no_grad()
 def collect(agent, envs, state, args):
     """T steps from state, which is updated: the rollout, tensors [T, N, ...], and rows of the finished episodes.
@@ -294,9 +304,8 @@ def collect(agent, envs, state, args):
         for n in state.done.nonzero()[0]:
             episodes.append((state.step, float(state.returns[n]), int(state.lengths[n])))
             state.returns[n] = state.lengths[n] = 0
-        for name, x in (("a reward", reward), ("an observation", state.obs)):
-            if not np.abs(x).max() < 3e38:
-                raise BrokenRun(f"{args.env_id} returned {name} that is no finite float32")
+        require_finite(reward, "a reward", args)
+        require_finite(state.obs, "an observation", args)
     obs[-1] = torch.from_numpy(state.obs)
     rollout = dict(rewards=rewards, valid=valid, terminated=terminated, truncated=truncated)
     return {name: torch.from_numpy(x) for name, x in rollout.items()} | dict(obs=obs, actions=actions), episodes
@@ -362,7 +371,8 @@ def measure(agent, batch, args):
     for name, chosen in (("high", ratio >= 1), ("low", ratio <= 1)):
         side = ratio[chosen] if chosen.any() else torch.ones(1)
         stats |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
-    unexplained = (batch["returns"] - batch["values"]).var() / batch["returns"].var().clamp(min=1e-8)
+    error, returns = batch["returns"] - batch["values"], batch["returns"]
+    unexplained = error.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
     stats |= {"losses/explained_variance": 1 - unexplained, "charts/log_std": agent.log_std.mean()}
     return {name: x.item() for name, x in stats.items()}
 
@@ -380,21 +390,24 @@ def train(args):
     """Trains an agent and returns its run's folder. BadInput before anything is created, BrokenRun, SystemExit."""
     torch.set_num_threads(1)  # faster than two for networks of this size
     with Run(args) as run:
+        run.load()
         torch.manual_seed(args.seed)
         envs, obs_space, action_space = make_envs(args, args.num_envs, [args.seed, run.step])
+        obs, _ = envs.reset()
+        require_finite(obs, "an observation", args)
         agent = Agent(obs_space.shape[0], action_space.low, action_space.high, args)
         optimizer = make_optimizer(agent, args)
         run.begin(agent=agent, optimizer=optimizer)  # restores both, or makes the folder: all is known to fit by now
         lr, gradient_function = optimizer.param_groups[0]["lr"], compiled(minibatch_gradient, args)
         done, (returns, lengths) = np.zeros(args.num_envs, bool), np.zeros((2, args.num_envs))
-        state = SimpleNamespace(step=run.step, obs=envs.reset()[0], done=done, returns=returns, lengths=lengths)
+        state = SimpleNamespace(step=run.step, obs=obs, done=done, returns=returns, lengths=lengths)
         while state.step < args.total_timesteps and not run.stopping:
             if args.lr_schedule == "linear":
                 lr.fill_(args.learning_rate * (1 - state.step / args.total_timesteps))
             rollout, episodes = collect(agent, envs, state, args)
             batch = prepare(agent, rollout, args)
-            if len(batch["obs"]) < 2:
-                continue  # a tiny rollout, after the ends of episodes
+            if len(batch["obs"]) == 0:
+                continue  # --num-steps 1, and every environment has just been reset
             metrics = update(agent, optimizer, gradient_function, batch, args) | measure(agent, batch, args)
             agent.obs_stats.update(rollout["obs"][:-1][rollout["valid"]])  # only now: the update sees what acting saw
             run.log(state.step, episodes, metrics | {"charts/learning_rate": lr.item()})
@@ -405,6 +418,7 @@ def train(args):
 # --- running: folders, logs and checkpoints; no algorithm below
 
 FORMAT = 2  # of args.json and checkpoints
+CONTENTS = {"agent.pt": {"agent"}, "checkpoint.pt": {"agent", "optimizer", "step", "returns", "rng_state", "log_sizes"}}
 MAY_CHANGE = "total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
 
 
@@ -422,12 +436,16 @@ class Run(ExitStack):
     def __init__(self, args):
         super().__init__()
         self.args, self.step, self.stopping, self.saved = args, 0, False, {}
-        if args.resume is not None:
-            self.dir = Path(args.resume)
+
+    def load(self):
+        """Locks the folder and reads the checkpoint, if this is to resume a run."""
+        if self.args.resume is not None:
+            self.dir = Path(self.args.resume)
+            load_run(self.dir, "checkpoint.pt")
             self.enter_context(FileLock(self.dir / "lock", timeout=0))
-            _, self.saved = load_run(self.dir, "checkpoint.pt")
+            _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
             self.step = self.saved["step"]
-            if self.step >= args.total_timesteps and (self.dir / "agent.pt").exists():
+            if self.step >= self.args.total_timesteps and (self.dir / "agent.pt").exists():
                 raise BadInput(f"{self.dir} is complete: to go on, add a larger --total-timesteps")
 
     def __exit__(self, kind, error, traceback):
@@ -510,7 +528,7 @@ class Run(ExitStack):
         mean_return = sum(self.returns) / len(self.returns) if self.returns else math.nan
         sps = (step - self.first_step) / (time.time() - self.start_time)
         self.write("metrics.csv", step, metrics | {"charts/mean_return_100": mean_return, "charts/SPS": sps})
-        live, left = sys.stdout.isatty(), max(self.args.total_timesteps - step, 0) / sps
+        live, left = os.isatty(1), max(self.args.total_timesteps - step, 0) / sps
         if live or time.time() - self.line_time > 30:
             line = f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.4g}, {left:.0f} s left    "
             say(line, end="\r" if live else "\n")
@@ -566,9 +584,13 @@ def say(text, end="\n"):
 
 def write_atomically(path, content):
     """Writes bytes, or a dict as torch.save does, so that path never holds half a file."""
+    if isinstance(content, dict):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getbuffer()
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())  # else a power cut could leave the new name without the content
     os.replace(temporary, path)
@@ -590,8 +612,8 @@ def load_run(run_dir, name):
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
         checkpoint = torch.load(Path(run_dir, name), weights_only=True)
-        if "agent" not in checkpoint:
-            raise ValueError(f"{name} holds no agent")
+        if missing := CONTENTS[name] - set(checkpoint):
+            raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
         return args, checkpoint
     except Exception as error:  # damaged files raise many kinds
         raise BadInput(f"cannot use the run {run_dir}: {one_line(error)}") from None
@@ -614,14 +636,16 @@ def compiled(function, args):
 def read_args(words):
     """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise BadInput("this script trains in one process: start it without torchrun")
     if any(word.startswith(("--evaluate", "--capture")) for word in words):
         raise BadInput("to evaluate and film a run: python enjoy.py RUN_DIR --video")
-    args = tyro.cli(Args, args=words)
-    if args.resume is None:
-        return args
-    saved = dataclasses.replace(load_run(args.resume, "checkpoint.pt")[0], resume=args.resume)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    run_dir = parser.parse_known_args(words)[0].resume
+    if run_dir is None:
+        return tyro.cli(Args, args=words)
+    saved = dataclasses.replace(load_run(run_dir, "checkpoint.pt")[0], resume=run_dir)
     args = tyro.cli(Args, args=words, default=saved)
     for name, value in vars(saved).items():
         if getattr(args, name) != value and name not in MAY_CHANGE:
@@ -637,5 +661,7 @@ if __name__ == "__main__":
         sys.exit(2)
     except BrokenRun as error:
         sys.exit(f"error: {error}. The last good checkpoint is kept; resumed with the same settings it ends here again")
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
         sys.exit(f"error: {error}")

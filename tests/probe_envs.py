@@ -141,6 +141,11 @@ class NanObservation(Breaking):
     broken_observation = np.nan
 
 
+class NanReset(Endless):
+    def observe(self):
+        return np.full(1, np.nan, np.float32)
+
+
 class HugeObservation(Breaking):
     """Finite, but not in float32."""
 
@@ -174,6 +179,19 @@ class Choice(Probe):
     action_space = gym.spaces.Discrete(3)
 
 
-TASKS = [Probe, Small, Skewed, Target, Inner, Endless, Marked, NanReward, HugeReward, NanObservation, HugeObservation]
+TASKS = [
+    Probe,
+    Small,
+    Skewed,
+    Target,
+    Inner,
+    Endless,
+    Marked,
+    NanReward,
+    HugeReward,
+    NanObservation,
+    NanReset,
+    HugeObservation,
+]
 for task in [*TASKS, Sleepy, Dictionary, Image, Choice]:
     gym.register(f"{task.__name__}-v0", entry_point=task, disable_env_checker=True)

@@ -272,7 +272,7 @@ def test_rewards_are_scaled_within_an_episode_also_with_rollouts_of_one_step(scr
     seen, update = [], script.RunningNormalizer.update
 
     def record(self, samples):
-        if samples.dtype == torch.float32 and samples.any():  # the observations are all 0
+        if samples.any():  # the observations are all 0
             seen.append(samples.flatten().tolist())
         update(self, samples)
 
@@ -633,6 +633,12 @@ def edit(run_dir, drop=(), **changes):
     (run_dir / "args.json").write_text(json.dumps({name: x for name, x in about.items() if name not in drop}))
 
 
+def drop_from_checkpoint(run, name):
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    del checkpoint[name]
+    torch.save(checkpoint, run / "checkpoint.pt")
+
+
 def tensor_bytes(path):
     """Where the stored tensors lie in a checkpoint: [(start, end)]"""
     places, data = [], path.read_bytes()
@@ -689,6 +695,10 @@ RESUME_DAMAGES = DAMAGES | {
     "agent for a checkpoint": lambda run: torch.save(
         {"agent": {}, "optimizer": {}, "step": 320}, run / "checkpoint.pt"
     ),
+    "list for a checkpoint": lambda run: torch.save([1, 2], run / "checkpoint.pt"),
+    "empty dictionary for a checkpoint": lambda run: torch.save({}, run / "checkpoint.pt"),
+    "checkpoint without random state": lambda run: drop_from_checkpoint(run, "rng_state"),
+    "checkpoint without sizes": lambda run: drop_from_checkpoint(run, "log_sizes"),
     "episodes lost": lambda run: cut(run / "episodes.csv", 0.9),
     "no metrics.csv": lambda run: (run / "metrics.csv").unlink(),
 }
@@ -708,6 +718,26 @@ def test_damaged_run_is_refused_in_one_line_and_stays_as_it_is(script, damage, t
         with pytest.raises(script.BadInput, match="cannot use the run ") as error:
             script.load_run(run_dir, "agent.pt")
         assert "\n" not in str(error.value) and contents(tmp_path) == before
+
+
+@SCRIPTS
+def test_a_refused_run_can_be_tried_again_in_the_same_process(script, tiny, tmp_path):
+    run_dir = tiny(script)
+    for _ in range(2):
+        with pytest.raises(script.BadInput, match="is complete: to go on, add a larger --total-timesteps"):
+            resume(script, run_dir)
+    with pytest.raises(script.BadInput, match="cannot use the run"):
+        script.train(script.Args(resume=str(tmp_path / "missing")))
+    assert not (tmp_path / "missing").exists()
+
+
+@SCRIPTS
+def test_typing_a_runs_own_setting_is_fine(script, tmp_path):
+    """Also where it would not fit the script's other defaults."""
+    sizes = dict(num_steps=1024, minibatch_size=4096, update_epochs=1, total_timesteps=4096)
+    run_dir = train(script, tmp_path, **PROBE | sizes, env_id="Target-v0")
+    args = script.read_args(["--resume", str(run_dir), "--minibatch-size", "4096", "--total-timesteps", "9000"])
+    assert (args.minibatch_size, args.num_steps, args.total_timesteps) == (4096, 1024, 9000)
 
 
 @SCRIPTS
@@ -736,6 +766,23 @@ def test_task_that_breaks_is_named_and_the_checkpoint_kept(script, task, tmp_pat
     with pytest.raises(script.BrokenRun, match=f"{task}-v0 returned {word} that is no finite float32"):
         train(script, tmp_path, **PROBE, env_id=f"{task}-v0", total_timesteps=4000, checkpoint_seconds=0)
     check_last_checkpoint(script, tmp_path)
+
+
+@SCRIPTS
+def test_first_observation_that_is_not_finite_is_named_before_anything_is_created(script, tmp_path):
+    with pytest.raises(script.BrokenRun, match="NanReset-v0 returned an observation that is no finite float32"):
+        train(script, tmp_path / "out", **PROBE, env_id="NanReset-v0")
+    assert not list(tmp_path.iterdir())
+
+
+@SCRIPTS
+def test_rollouts_of_one_sample_count(script, tmp_path):
+    """Two steps of one environment whose episodes last one: a sample and a dummy."""
+    sizes = dict(num_envs=1, num_steps=2, minibatch_size=2, total_timesteps=50)
+    run_dir = train(script, tmp_path, **PROBE | sizes, env_id="Probe-v0")
+    metrics = read(run_dir / "metrics.csv")
+    assert len(metrics) == len(read(run_dir / "episodes.csv")) == 50
+    assert all(math.isfinite(x) for row in metrics for x in row.values())
 
 
 @SCRIPTS
@@ -855,6 +902,14 @@ def test_torchrun_is_refused_in_one_line(script, tmp_path, monkeypatch, capsys):
     code, lines = command_line(script, ["--output-dir", tmp_path / "out"], monkeypatch, capsys)
     assert code == 2 and lines == ["error: this script trains in one process: start it without torchrun"]
     assert not list(tmp_path.iterdir())
+
+
+@SCRIPTS
+def test_what_does_not_fit_into_memory_is_one_line(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "")  # as some schedulers leave it
+    words = ["--hidden-size", "1000000", "--no-compile", "--output-dir", tmp_path / "out"]
+    code, lines = command_line(script, words, monkeypatch, capsys)
+    assert code == 1 and len(lines) == 1 and "allocate memory" in lines[0] and not list(tmp_path.iterdir())
 
 
 @SCRIPTS
