@@ -9,6 +9,7 @@ Intervals are 95% bootstrap intervals over runs. The interquartile mean (IQM), P
 of the baseline) and the performance profile are rliable's (Agarwal et al., "Statistical Precipice").
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -41,15 +42,10 @@ SAME_GROUP = (  # settings in which runs of a group may differ: the runner's, an
     "env_id seed output_dir resume evaluate eval_episodes compile cuda_graphs device checkpoint_interval exp_name "
     "checkpoint_seconds capture_video track wandb_project wandb_project_name wandb_entity"
 ).split()
-# Figures of a run, in summary.csv, that tables read; kept_*: of its group, whose runs are gone
-FIGURES = (
-    "caught steps last_return deterministic_mean deterministic_std stochastic_mean stochastic_std largest_ratio "
-    "ratio/out_of_bounds kept_ratio kept_ratio_low kept_ratio_high kept_out_of_bounds"
-).split()
 # Returns that count as 1 in --aggregate: Tianshou's PPO; Swimmer: about what the paper's Table 1 has for PPO
 NORMAL = {"HalfCheetah": 5783, "Hopper": 2609, "Walker2d": 3588, "Ant": 3258, "Humanoid": 787, "Swimmer": 360}
-COLOURS = {"bpo": "#0072B2", "gbpo": "#0072B2", "ppo": "#D55E00", "grpo": "#D55E00", "spo": "#009E73"}  # of methods
-COLOURS |= {"dr": "#E6B800", "dapo": "#CC79A7", "gspo": "#56B4E9", "sapo": "#000000"}
+COLOURS = {"bpo": "#0072B2", "gbpo": "#0072B2", "ppo": "#D55E00", "grpo": "#D55E00", "spo": "#2CA02C"}  # of methods
+COLOURS |= {"dr": "#E6B800", "dapo": "#CC79A7", "gspo": "#8C564B", "sapo": "#000000"}
 PANELS = {  # the curves that are drawn -> label of the axis; the first that a task has is in its table
     "return": f"return, mean of the last {WINDOW} episodes",
     "pass@1": "held-out pass@1",
@@ -111,26 +107,27 @@ def read_run(folder):
     for name in ["metrics", *{"locomotion": [], "llm": ["evaluations"]}.get(kind, ["episodes"])]:
         text = (folder / f"{name}.csv").read_text()
         text = text if finished else text[: text.rfind("\n") + 1]  # the last line may be half written
-        table = tables[name] = pd.read_csv(io.StringIO(text)).astype(float)
-        if table.empty or (name != "metrics" and table.isna().any(axis=None)):
-            empty = "no episode has ended" if name == "episodes" else f"{name}.csv is empty"
-            raise ValueError(empty if table.empty else f"{name}.csv is damaged")
+        tables[name] = pd.read_csv(io.StringIO(text)).astype(float)
+        if tables[name].empty:
+            raise ValueError("no episode has ended" if name == "episodes" else f"{name}.csv is empty")
+        if name != "metrics" and tables[name].isna().any(axis=None):
+            raise ValueError(f"{name}.csv is damaged")
     return about, tables
 
 
 def summarise(folder, about, tables):
     """Figures of a whole run besides its curves, those that it has: name -> number."""
-    table, summary = tables["metrics"], {}
-    summary |= {name: table[name].mean() for name in ("ratio/out_of_bounds", "losses/kl") if name in table}
+    table, task = tables["metrics"], about["args"]["env_id"]
+    summary = {name: table[name].mean() for name in ("ratio/out_of_bounds", "losses/kl") if name in table}
     if "theory/improvement_bound" in table:
         summary["improvement_bound_positive"] = (table["theory/improvement_bound"] > 0).mean()
     for kind, x in read_json(folder / "evaluation.json").items():
-        summary |= {f"{kind}_mean": x["mean"], f"{kind}_std": x["std"]} if isinstance(x, dict) else {}
+        summary |= {f"{kind}_{y}": x[y] for y in ("mean", "std")} if isinstance(x, dict) else {}
     if "time/rollout" in table:
-        summary["training_seconds"] = (table["time/rollout"] + table["time/update"]).sum()
+        summary["training_seconds"] = table[["time/rollout", "time/update"]].to_numpy().sum()
     elif "charts/SPS" in table:
         summary["training_seconds"] = (table["step"] / table["charts/SPS"]).iloc[-1]
-    if "episodes" in tables and about["args"]["env_id"].startswith("Hopper"):  # stands still for the survival bonus
+    if "episodes" in tables and task.startswith("Hopper"):  # it can stand still and collect the survival bonus
         last = tables["episodes"][-WINDOW:].mean()
         summary["caught"] = float(last["return"] < 1500 and last["length"] > 900)
     if "evaluations" in tables:
@@ -161,7 +158,7 @@ def choose_interval(lengths):
 
 
 def make_grid(known, interval, end):
-    """Steps of a curve up to its end: those of earlier curves, and on from there as far apart; else multiples."""
+    """Steps of a curve up to its end: those of earlier curves, and on from there."""
     known = sorted(set(known))
     start, gap = (known[-1], known[-1] - known[-2]) if known[1:] else (0, interval)
     return np.array([*(x for x in known if x <= end), *range(start + gap, int(end) + 1, gap)])
@@ -182,9 +179,11 @@ def make_curves(tables, grid):
         points = tables["evaluations"][["step", "pass@1"]].astype({"step": int})
         then = table.iloc[np.searchsorted(table["step"], points["step"])].reset_index().where(points["step"] > 0)
         return points.assign(ratio_max=then["ratio/max"], out_of_bounds=then["ratio/out_of_bounds"])
+    if len(grid) == 0:
+        raise ValueError("it is shorter than the points of the curve are apart: see --interval")
     if "episodes" in tables:
         steps, returns = tables["episodes"][["step", "return"]].to_numpy().T
-        if not (steps[0] <= grid).any():
+        if grid[-1] < steps[0]:
             raise ValueError("no episode had ended by a point of the curve: see --interval")
         return pd.DataFrame({"step": grid, "return": curve(steps, returns, grid)})
     nearest = np.searchsorted((grid[:-1] + grid[1:]) / 2, table["step"], side="right")
@@ -229,47 +228,42 @@ def check_settings(folder, about, group, settings):
         stop(f"{folder} has other settings than other runs: {', '.join(other)}; make a report of each")
 
 
-def read_all(paths):
-    """Runs, (folder, args.json, tables) each, and earlier reports, (curves, summary, settings) each."""
-    runs, reports = [], []
-    for folder in find_folders(paths):
-        earlier = (folder / "curves.csv").exists()
-        try:
-            reports.append(read_report(folder)) if earlier else runs.append((folder, *read_run(folder)))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if earlier:  # is never skipped: --output may be the same folder
-                stop(f"no report to extend: {folder}: {error}")
-            skip(folder, error)
-    return runs, reports
-
-
-def skip(folder, error):
-    print(f"skipped {folder}: {'it has no ' * isinstance(error, KeyError)}{error}", file=sys.stderr)
+@contextlib.contextmanager
+def skipping(folder):
+    """Skips a run that cannot be read, or stops if it is an earlier report: --output may be the same folder."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        if (folder / "curves.csv").exists():
+            stop(f"no report to extend: {folder}: {error}")
+        print(f"skipped {folder}: {'it has no ' * isinstance(error, KeyError)}{error}", file=sys.stderr)
 
 
 def collect(args):
     """All runs: curves and summary, tables with a row per point and per run, and settings by task and group."""
-    new, reports = read_all(args.runs)
-    curves, summaries, settings = [x for x, _, _ in reports], [x for _, x, _ in reports], {}
-    for _, _, theirs in reports:
-        settings |= {task: settings.get(task, {}) | groups for task, groups in theirs.items()}
+    curves, summaries, settings, new = [], [], {}, []
+    for folder in find_folders(args.runs):
+        with skipping(folder):
+            if not (folder / "curves.csv").exists():
+                new.append((folder, *read_run(folder)))
+                continue
+            points, runs, theirs = read_report(folder)
+            curves, summaries = [*curves, points], [*summaries, runs]
+            settings |= {task: settings.get(task, {}) | groups for task, groups in theirs.items()}
+    earlier = pd.concat([pd.DataFrame(columns=[*KEYS, "step"]), *curves])
     interval = args.interval or choose_interval([about["args"]["total_timesteps"] for _, about, _ in new])
     for folder, about, tables in new:
         task, commit = about["args"]["env_id"], about.get("commit") or ""
-        if reports and variant(folder, about) is None:
+        if len(earlier) and variant(folder, about) is None:
             stop(f"{folder} is not of a suite: give it and the runs it belongs with, no report")
-        known = [step for table, _, _ in reports for step in table["step"][table["task"] == task]]
-        try:
-            points = make_curves(tables, make_grid(known, interval, tables["metrics"]["step"].iloc[-1]))
-            figures = summarise(folder, about, tables)
-        except (ValueError, KeyError, IndexError) as error:
-            skip(folder, error)
-            continue
-        run = {"task": task, "group": label(folder, about, [x for _, x, _ in new]), "seed": about["args"]["seed"]}
-        check_settings(folder, about, run["group"], settings.setdefault(task, {}))
-        curves.append(points.assign(**run)[[*KEYS, "step", *points.columns.drop("step")]])
-        commit = commit[:12] + "-dirty" * commit.endswith("-dirty")
-        summaries.append(pd.DataFrame([run | {"script": about["script"], "commit": commit} | figures]))
+        with skipping(folder):
+            grid = make_grid(earlier["step"][earlier["task"] == task], interval, tables["metrics"]["step"].iloc[-1])
+            points, figures = make_curves(tables, grid), summarise(folder, about, tables)
+            run = {"task": task, "group": label(folder, about, [x for _, x, _ in new]), "seed": about["args"]["seed"]}
+            check_settings(folder, about, run["group"], settings.setdefault(task, {}))
+            curves.append(points.assign(**run)[[*KEYS, "step", *points.columns.drop("step")]])
+            made_by = {"script": about["script"], "commit": commit[:12] + "-dirty" * commit.endswith("-dirty")}
+            summaries.append(pd.DataFrame([run | made_by | figures]))
     if not curves:
         stop("no finished run among the folders given")
     summary = pd.concat(summaries).sort_values(KEYS).fillna({"script": "", "commit": ""})
@@ -322,7 +316,7 @@ def estimate(digits, point, low, high, runs=2):
     return "-" if np.isnan(point) else f"{point:.{digits}f}{interval}"
 
 
-def better(ours, theirs):
+def probability(ours, theirs):
     """A cell: P(a run of ours [S, tasks] is better than one of theirs)."""
     return estimate(2, *rliable_interval(metrics.probability_of_improvement, ours, theirs))
 
@@ -341,6 +335,11 @@ def method(group, script):
     return next((word for word in re.split(r"[\W_]", f"{group} {script}".lower()) if word in COLOURS), "")
 
 
+def figure(runs, name):
+    """A column of summary.csv, NaN where it has none."""
+    return runs[name] if name in runs else pd.Series(np.nan, runs.index)
+
+
 def ends_of(table, name):
     """Figures of a task's runs at the last step that all have (language models: each one's last), by group and seed."""
     runs = table.groupby(["group", "seed"])
@@ -356,52 +355,45 @@ def ends_of(table, name):
 
 def largest_ratio(runs, rng):
     """A group's largest ratios [S], their mean and its interval; of lost runs an earlier report may have kept these."""
-    own = runs["largest_ratio"].to_numpy()
+    own = figure(runs, "largest_ratio").to_numpy()
     if not np.isnan(own).any():
         return own, *mean_interval(rng, own)
-    return own[:0], *runs[["kept_ratio", "kept_ratio_low", "kept_ratio_high"]].mean(skipna=False)
+    return own[:0], *(figure(runs, f"kept_ratio{x}").mean(skipna=False) for x in ("", "_low", "_high"))
 
 
 def llm_cells(table, runs, rng):
     """Cells of a group of language models besides those of all groups."""
     curves = table[table["group"] == runs["group"].iloc[0]].pivot(index="seed", columns="step", values="pass@1")
-    outside = runs["ratio/out_of_bounds"].fillna(runs["kept_out_of_bounds"]).mean(skipna=False)
-    ratio = estimate(2, *largest_ratio(runs, rng)[1:], len(runs))
-    start, best = curves.iloc[:, 0].mean(), curves.max(axis=1).mean()
-    return {
-        "start": f"{start:.3f}",
-        "best": f"{best:.3f}",
-        "largest ratio (95%)": ratio,
-        "out of bounds": f"{outside:.1%}",
-    }
+    cells = {"start": f"{curves.iloc[:, 0].mean():.3f}", "best": f"{curves.max(axis=1).mean():.3f}"}
+    cells["largest ratio (95%)"] = estimate(2, *largest_ratio(runs, rng)[1:], len(runs))
+    outside = figure(runs, "ratio/out_of_bounds").fillna(figure(runs, "kept_out_of_bounds"))
+    return cells | {"out of bounds": f"{outside.mean(skipna=False):.1%}"}
 
 
 def group_rows(task, table, runs, baseline, tables, rng):
     """Adds a task's groups to the tables, rows by name: figures, comparison, published figures; returns the ends."""
     ends, llm = ends_of(table, next(name for name in PANELS if name in table)), "pass@1" in table
-    end, digits = table.groupby(["group", "seed"])["step"].max().min(), int(ends.abs().max() < 100) + 2 * llm
+    end, published = table.groupby(["group", "seed"])["step"].max().min(), read_published()
+    digits = 3 if llm else int(ends.abs().max() < 100)
     for group, last in ends.groupby("group"):
         last, own, row = last.to_numpy(), runs[runs["group"] == group], {"task": task, "group": group}
-        mean, iqm = mean_interval(rng, last), rliable_interval(metrics.aggregate_iqm, last[:, None])
-        worst, caught = np.sort(last)[: math.ceil(len(last) / 4)].mean(), own["caught"].mean(skipna=False)
-        figures = {"seeds": len(last), "steps": end, "mean (95%)": estimate(digits, *mean, len(last))}
-        figures |= {
-            "IQM (95%)": estimate(digits, *iqm, len(last)),
-            "std": f"{last.std(ddof=1):.{digits}f}" if len(last) > 1 else "-",
-        }
-        figures |= {"worst quarter": f"{worst:.{digits}f}" if len(last) > FEW else "-"}
-        figures |= {"caught": "-" if np.isnan(caught) else f"{caught:.0%}"} | (
-            llm_cells(table, own, rng) if llm else {}
-        )
-        tables["groups"].append(row | figures | {"each": ", ".join(f"{x:.{digits}f}" for x in last)})
+        count, caught = len(last), figure(own, "caught").mean(skipna=False)
+        cells = {"seeds": count, "steps": end, "mean (95%)": estimate(digits, *mean_interval(rng, last), count)}
+        iqm = rliable_interval(metrics.aggregate_iqm, last[:, None])
+        cells |= {"IQM (95%)": estimate(digits, *iqm, count), "std": f"{pd.Series(last).std():.{digits}f}"}
+        worst = np.sort(last)[: math.ceil(count / 4)].mean() if count > FEW else np.nan
+        cells |= {"worst quarter": f"{worst:.{digits}f}", "caught": f"{caught:.0%}"}
+        cells |= llm_cells(table, own, rng) if llm else {}
+        tables["groups"].append(row | cells | {"each": ", ".join(f"{x:.{digits}f}" for x in last)})
         base = ends[baseline].to_numpy() if baseline in ends.index and group != baseline and not llm else last[:0]
-        if min(len(last), len(base)) > 1:
-            row |= {f"mean less that of {baseline} (95%)": estimate(digits, *mean_interval(rng, last, base))}
-            tables["against"].append(row | {f"P(better than {baseline}) (95%)": better(last[:, None], base[:, None])})
-        key, published = (task.replace("NoFrameskip-v4", "-v5"), method(group, own["script"].iloc[0])), read_published()
+        if min(count, len(base)) > 1:
+            less = {f"mean less that of {baseline} (95%)": estimate(digits, *mean_interval(rng, last, base))}
+            better = {f"P(better than {baseline}) (95%)": probability(last[:, None], base[:, None])}
+            tables["against"].append(row | less | better)
+        key = task.replace("NoFrameskip-v4", "-v5"), method(group, own["script"].iloc[0])
         if (*key, str(end)) in published:
-            row = {"task": task, "group": group, "steps": end, "ours": f"{last.mean():.{digits}f}"}
-            row |= {"authors' curve at as many": published[*key, str(end)]}
+            row |= {"steps": end, "ours": f"{last.mean():.{digits}f}"}
+            row["authors' curve at as many"] = published[*key, str(end)]
             tables["published"].append(row | {"paper's Table 1, converged": published.get((*key, "end"), "-")})
     return ends
 
@@ -412,8 +404,8 @@ def seed_rows(ends):
         gbpo = "GBPO" + group[group.index(" (") :]
         less = (ends[gbpo] - ends[group]).dropna() if gbpo in ends.index and group != gbpo else ()
         if len(less) > 1:
-            row = {"pass@1 at the end, seed by seed": f"{gbpo} less {group}", "seeds": len(less)}
-            row["mean (95%)"] = estimate(3, less.mean(), *ttest_1samp(less, 0).confidence_interval())
+            cell = estimate(3, less.mean(), *ttest_1samp(less, 0).confidence_interval())
+            row = {"pass@1 at the end, seed by seed": f"{gbpo} less {group}", "seeds": len(less), "mean (95%)": cell}
             yield row | {"each": ", ".join(f"{x:.2f}" for x in less)}
 
 
@@ -423,7 +415,7 @@ def run_rows(runs):
         row = {"group": f"`{run['group']}`", "seed": run["seed"], "steps": f"{run['steps']:.0f}"}
         row["return, last 100 episodes"] = f"{run['last_return']:.1f}"
         for x in ("deterministic", "stochastic"):
-            row[x] = f"{run[f'{x}_mean']:.1f} +- {run[f'{x}_std']:.1f}".replace("nan +- nan", "-")
+            row[x] = f"{run.get(f'{x}_mean', np.nan):.1f} +- {run.get(f'{x}_std', np.nan):.1f}"
         yield row | {"commit": f"`{run['commit'][:7]}{'-dirty' * run['commit'].endswith('-dirty')}`"}
 
 
@@ -437,7 +429,7 @@ def over_tasks(ends):
 
 def markdown(rows):
     """A table, without columns that say nothing."""
-    table = pd.DataFrame(rows).astype(str)
+    table = pd.DataFrame(rows).astype(str).replace({"nan": "-", "nan%": "-", "nan +- nan": "-"})
     table = table.loc[:, (table != "-").any()]
     lines = [f"| {' | '.join(row)} |" for row in (table.columns, *table.to_numpy())]
     return "\n".join([lines[0], "|-" * table.shape[1] + "|", *lines[1:]])
@@ -510,10 +502,10 @@ def make_figure(panels, rows=0):
     columns = 2 if panels in (2, 4) else min(panels, 3)
     lines = math.ceil(panels / columns)
     size = (6.5 * columns, (0.9 + 0.25 * rows) * lines) if rows else (4.8 * columns, 3.3 * lines + 0.4)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    picture, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[panels:]:
         axis.remove()
-    return figure, axes.flat[:panels]
+    return picture, axes.flat[:panels]
 
 
 def save(figure):
@@ -521,7 +513,7 @@ def save(figure):
     lines = {name: line for axis in figure.axes for line, name in zip(*axis.get_legend_handles_labels())}
     if lines:
         figure.legend(lines.values(), lines, loc="outside lower center", ncols=MANY, frameon=False)
-    figure.savefig(buffer := io.BytesIO(), dpi=100)
+    figure.savefig(buffer := io.BytesIO(), dpi=100, bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()
 
@@ -529,27 +521,25 @@ def save(figure):
 def aggregate(ends, baseline, tables, looks):
     """Compares the groups that all tasks have, by normalised scores; ends by task -> picture."""
     scales = {task: NORMAL.get(re.sub(r"-v\d+$", "", task)) for task in ends}
-    scores = over_tasks({task: values / scales[task] for task, values in ends.items() if scales[task]})
-    if not scores:
+    ends = {task: values / scales[task] for task, values in ends.items() if scales[task]}
+    if not (scores := over_tasks(ends)):
         stop("--aggregate needs tasks with a published score, and a group that has runs of all of them")
     figures = {x: (y.mean(1), *rliable_interval(metrics.aggregate_iqm, y)) for x, y in scores.items()}
-    figure, axes = make_figure(2)
+    picture, axes = make_figure(2)
     draw_ends(axes[0], figures, "IQM of normalised scores (dots: a run of each task)", looks)
     grid = np.linspace(0, max(x.max() for x in scores.values()), 101)
-    for group, profile in (drawn := library.create_performance_profile(scores, grid, reps=DRAWS))[0].items():
+    profiles, sides = library.create_performance_profile(scores, grid, reps=DRAWS)
+    for group, ours in scores.items():
         style = line(*looks[group])
-        axes[1].fill_between(grid, *drawn[1][group], color=style["color"], alpha=0.2, linewidth=0)
-        axes[1].plot(grid, profile, label=group, **style)
-        row = {"group": group, "runs of each task": len(scores[group])}
-        row |= {
-            "tasks": ", ".join(x for x in ends if scales[x]),
-            "IQM, normalised (95%)": estimate(3, *figures[group][1:]),
-        }
-        compared = group != baseline and baseline in scores
-        row[f"P(better than {baseline}) (95%)"] = better(scores[group], scores[baseline]) if compared else "-"
+        axes[1].fill_between(grid, *sides[group], color=style["color"], alpha=0.2, linewidth=0)
+        axes[1].plot(grid, profiles[group], label=group, **style)
+        row = {"group": group, "runs of each task": len(ours), "tasks": ", ".join(ends)}
+        row["IQM, normalised (95%)"] = estimate(3, *figures[group][1:])
+        if baseline in scores:
+            row[f"P(better than {baseline}) (95%)"] = probability(ours, scores[baseline]) if group != baseline else "-"
         tables["aggregate"].append(row)
     axes[1].set(xlabel="normalised score", ylabel="share of runs above it")
-    return save(figure)
+    return save(picture)
 
 
 # --- the report
@@ -573,26 +563,29 @@ def write_all(folder, files):
         stop(f"cannot write to {folder}, which is as before: {error.strerror}")
 
 
-def make_report(tasks, summary, baseline, looks, rng):
+def to_csv(table, digits):
+    return table.dropna(axis=1, how="all").to_csv(index=False, float_format=f"%.{digits}g").encode()
+
+
+def make_report(tasks, summary, baseline, looks):
     """Rows of the tables by name, the picture, and ends by task, from curves by task and figures of runs."""
     tables, ends = {name: [] for name in ("groups", "runs", "against", "pairs", "aggregate", "published")}, {}
     panels = {task: sum(name in table for name in PANELS) for task, table in tasks.items()}
-    groups = max(table["group"].nunique() for table in tasks.values())
-    figure, axes = make_figure(sum(panels.values()), groups * (groups > MANY))
+    groups, rng = max(table["group"].nunique() for table in tasks.values()), np.random.default_rng(0)
+    picture, axes = make_figure(sum(panels.values()), groups * (groups > MANY))
     for task, table in tasks.items():
         runs = summary[summary["task"] == task]
         ends[task] = group_rows(task, table, runs, baseline, tables, rng)
         tables["pairs"] += seed_rows(ends[task]) if "pass@1" in table else []
-        tables["runs"] += run_rows(runs) if runs["last_return"].notna().any() else []
+        tables["runs"] += run_rows(runs[figure(runs, "last_return").notna()])
         draw_task(axes[: panels[task]], table, runs, looks, rng)
         axes = axes[panels[task] :]
     scores = over_tasks(ends) if len(ends) > 1 else {}
     for group in [x for x in scores if x != baseline and baseline in scores]:
         about = f"all, first {len(scores[group])} and {len(scores[baseline])} runs of each"
-        row = {"task": about, "group": group, f"mean less that of {baseline} (95%)": "-"}
-        chance = better(scores[group], scores[baseline])
-        tables["against"].append(row | {f"P(better than {baseline}) (95%)": chance})
-    return tables, save(figure), ends
+        chance = {f"P(better than {baseline}) (95%)": probability(scores[group], scores[baseline])}
+        tables["against"].append({"task": about, "group": group} | chance)
+    return tables, save(picture), ends
 
 
 def main(args):
@@ -604,20 +597,19 @@ def main(args):
     curves, summary, settings = collect(args)
     methods = {x: method(x, script) for x, script in summary.groupby("group")["script"].first().items()}
     usual = ["default"] * ("default" in methods) + [x for x in methods if methods[x] == "ppo"]
-    if (baseline := args.baseline or next(iter(usual), "none")) not in methods and args.baseline:
+    baseline = args.baseline or next(iter(usual), "none")
+    if args.baseline and baseline not in methods:
         stop(f"no group {baseline}: there are {', '.join(methods)}")
-    tasks = {task: table.dropna(axis=1, how="all") for task, table in curves.groupby("task")}
-    full, looks = summary.reindex(columns=summary.columns.union(FIGURES)), looks_of(methods)
-    tables, picture, ends = make_report(tasks, full, baseline, looks, np.random.default_rng(0))
-    files = {"curves.png": picture}
+    tasks, looks = {x: table.dropna(axis=1, how="all") for x, table in curves.groupby("task")}, looks_of(methods)
+    tables, picture, ends = make_report(tasks, summary, baseline, looks)
+    files = {"curves.png": picture, "curves.csv": to_csv(curves, 6), "summary.csv": to_csv(summary, 8)}
     if args.aggregate:
         files["aggregate.png"] = aggregate(ends, baseline, tables, looks)
+    if settings:
+        files["settings.json"] = (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
     commits = summary["commit"].replace("", "unknown").value_counts()
     made_by = f"Commits: {', '.join(f'{commit} ({count} runs)' for commit, count in commits.items())}."
     text = "\n\n".join([*(markdown(rows) for rows in tables.values() if rows), made_by]) + "\n"
-    files["curves.csv"] = curves.to_csv(index=False, float_format="%.6g").encode()
-    files["summary.csv"] = summary.dropna(axis=1, how="all").to_csv(index=False, float_format="%.8g").encode()
-    files["settings.json"] = (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
     write_all(args.output, files | {"table.md": text.encode()})
     print(text, end="")
 

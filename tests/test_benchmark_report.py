@@ -1,50 +1,97 @@
-"""benchmark/report.py on run folders written by hand: figures, skipped runs, bad input."""
+"""benchmark/report.py on run folders written by hand: figures, skipped runs, bad input, earlier reports."""
 
 import contextlib
 import io
+import itertools
 import json
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import pytest
 import submitit  # noqa: F401  configures logging, which would close the stream that rliable's absl takes hold of
 import tyro
+from matplotlib.colors import to_rgb
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 import report  # noqa: E402
 
+REPORTS = sorted(path.parent for path in (ROOT / "benchmark" / "results").glob("*/curves.csv"))
 METRICS = """step,ratio/out_of_bounds,losses/kl,theory/improvement_bound,time/rollout,time/update
 50,0.1,0.01,-1,1,0.5
 100,0.3,0.02,1,2,1.5
 """
+NEW_METRICS = "step,losses/kl,charts/SPS\n50,0.01,10\n100,0.02,20\n"  # of the rebuilt scripts
 
 
-def make_run(folder, script="bpo_continuous_action", rows="", **args):
+def make_run(folder, script="bpo_continuous_action", rows="", new=False, **args):
+    """A finished control run; new: as the rebuilt scripts write it."""
     folder.mkdir(parents=True)
     settings = {"seed": 1, "env_id": "Task-v0", "total_timesteps": 100, "clip_coef": 0.3, **args}
-    (folder / "args.json").write_text(json.dumps({"script": script, "args": settings, "commit": "abc"}))
+    about = {"script": script, "args": settings, "commit": "abc"} | ({"format": 2, "versions": {}} if new else {})
+    (folder / "args.json").write_text(json.dumps(about))
     (folder / "episodes.csv").write_text("step,return,length\n" + (rows or "10,1,10\n60,3,50\n100,8,40\n"))
-    (folder / "metrics.csv").write_text(METRICS)
-    result = {"mean": 7.0, "std": 0.5, "returns": [6.5, 7.5]}
-    (folder / "evaluation.json").write_text(json.dumps({"deterministic": result, "stochastic": result}))
+    end = settings["total_timesteps"]
+    (folder / "metrics.csv").write_text((NEW_METRICS if new else METRICS).replace("\n100,", f"\n{max(end, 51)},"))
+    if not new:
+        result = {"mean": 7.0, "std": 0.5, "returns": [6.5, 7.5]}
+        (folder / "evaluation.json").write_text(json.dumps({"deterministic": result, "stochastic": result}))
     (folder / "agent.pt").touch()
     return folder
 
 
-def run_report(*arguments):
+def make_llm_run(folder, script, seed, accuracy, ratio, **own):
+    folder.mkdir(parents=True)
+    args = {"env_id": "addition", "seed": seed, "clip_coef": 0.5, "update_epochs": 10, "total_timesteps": 20, **own}
+    (folder / "args.json").write_text(json.dumps({"script": script, "args": args}))
+    (folder / "evaluations.csv").write_text(f"step,pass@1\n0,0.5\n20,{accuracy}\n")
+    rows = f"10,11.5,0.0\n20,{ratio},0.5\n"
+    (folder / "metrics.csv").write_text("step,ratio/max,ratio/out_of_bounds\n" + rows)
+    (folder / "evaluation.json").write_text("{}")
+    (folder / "model").mkdir()
+    return folder
+
+
+def make_robot_run(folder, script, seed, returns, task="Go1-v1", evaluation=None, **settings):
+    """A run of one row per 100 steps, whose rates of learning are 1 + the return."""
+    folder.mkdir(parents=True)
+    args = {"env_id": task, "seed": seed, "total_timesteps": 400, **settings}
+    (folder / "args.json").write_text(json.dumps({"script": script, "commit": f"{seed}abcdef0123", "args": args}))
+    rows = [f"{100 * (i + 1)},{x},{1 + x}" for i, x in enumerate(returns)]
+    header = "step,charts/mean_return_100,charts/learning_rate"
+    (folder / "metrics.csv").write_text("\n".join([header, *rows]) + "\n")
+    if evaluation:
+        result = {"mean": evaluation, "std": 0.5}
+        (folder / "evaluation.json").write_text(json.dumps({"deterministic": result, "stochastic": result}))
+        (folder / "agent.pt").touch()
+    return folder
+
+
+def run_report(*arguments, interval=50):
     """What the command prints, and its exit status; in this process, as imports take longer than all else."""
     output, errors, status = io.StringIO(), io.StringIO(), 0
+    words = [*(["--interval", interval] if interval else []), *arguments]
     few_draws = patch.object(report, "DRAWS", 100)
     with few_draws, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            report.main(tyro.cli(report.Args, args=["--interval", "50", *map(str, arguments)]))
+            report.main(tyro.cli(report.Args, args=list(map(str, words))))
         except SystemExit as end:
             status = end.code
     return SimpleNamespace(returncode=status, stdout=output.getvalue(), stderr=errors.getvalue())
+
+
+def cells(output):
+    """Rows of the tables by their first cells that tell them apart: task and group, or the first alone."""
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("| ")]
+    return {tuple(row[:2]): row[2:] for row in reversed(rows)}
+
+
+# --- curves and intervals
 
 
 def test_curve_is_the_mean_of_the_last_hundred_episodes():
@@ -56,146 +103,196 @@ def test_curve_is_the_mean_of_the_last_hundred_episodes():
         assert np.isnan(value) if len(ended) == 0 else value == pytest.approx(ended.mean())
 
 
-def test_a_group_has_one_colour_on_all_tasks(tmp_path, monkeypatch):
-    """Also where another group is missing."""
-    draw, lines = report.draw_curves, {}
+@pytest.mark.parametrize("runs, others", [(2, 2), (2, 3), (3, 3), (3, 1)])
+def test_intervals_of_two_and_three_runs_are_exact(runs, others):
+    """Against all resamples, written as loops; no draw enters, whatever the generator's state."""
+    rng = np.random.default_rng(runs)
+    ours, theirs = rng.normal(2, 3, runs), rng.normal(0, 2, others)
+    means = [
+        np.mean([ours[i] for i in mine]) - np.mean([theirs[i] for i in other])
+        for mine in itertools.product(range(runs), repeat=runs)
+        for other in itertools.product(range(others), repeat=others)
+    ]
+    low = min(x for x in means if np.mean(np.array(means) <= x) >= 0.025)
+    high = min(x for x in means if np.mean(np.array(means) <= x) >= 0.975)
+    expected = pytest.approx((ours.mean() - theirs.mean(), low, high))
+    assert all(report.mean_interval(np.random.default_rng(seed), ours, theirs) == expected for seed in range(3))
+    point, low, high = report.rliable_interval(
+        report.metrics.probability_of_improvement, ours[:, None], theirs[:, None]
+    )
+    wins = [
+        np.mean([ours[i] > theirs[j] for i in mine for j in other])
+        for mine in itertools.product(range(runs), repeat=runs)
+        for other in itertools.product(range(others), repeat=others)
+    ]
+    assert (low, high) == (
+        pytest.approx(np.sort(wins)[int(0.025 * len(wins))]),
+        pytest.approx(np.sort(wins)[-1 - int(0.025 * len(wins))]),
+    )
 
-    def record(axis, *rest):
-        draw(axis, *rest)
-        for line in axis.get_lines():
-            lines.setdefault(line.get_label().split()[0], []).append(line.get_color())
 
-    monkeypatch.setattr(report, "draw_curves", record)
-    for task, groups in (("Ant-v4", "ac"), ("Hopper-v4", "abc")):
-        for group in groups:
-            make_run(tmp_path / "runs" / f"{group}__{task}__1" / "run", env_id=task)
-    assert run_report(tmp_path / "runs", "--output", tmp_path / "out").returncode == 0
-    assert {label: len(set(x)) for label, x in lines.items()} == {"a": 1, "b": 1, "c": 1} and len(lines["c"]) == 2
+def test_the_sign_of_the_ablations_lambda_1_is_right():
+    """2,000 draws had -36 to 1741."""
+    curves = pd.read_csv(ROOT / "benchmark" / "results" / "ablation" / "curves.csv").query("step == 500_000")
+    ours, theirs = (curves[curves["group"] == x]["return"].to_numpy() for x in ("lambda=1", "default"))
+    assert np.round(report.mean_interval(np.random.default_rng(0), ours, theirs)).tolist() == [957, 26, 1758]
 
 
-def test_interval_of_the_mean_covers_it_nineteen_times_in_twenty():
-    rng = np.random.default_rng(1)
-    low, high = report.interval_of_mean(rng.normal(size=(40, 300)), rng)
-    assert 0.88 < ((low < 0) & (high > 0)).mean() < 0.98
+def test_intervals_of_many_runs_have_the_normal_ones():
+    rng = np.random.default_rng(4)
+    ours, theirs = rng.normal(3, 1, 400), rng.normal(1, 2, 300)
+    point, low, high = report.mean_interval(rng, ours, theirs)
+    half = 1.96 * np.sqrt(ours.var() / 400 + theirs.var() / 300)
+    assert point == pytest.approx(ours.mean() - theirs.mean())
+    assert (point - low, high - point) == (pytest.approx(half, rel=0.15), pytest.approx(half, rel=0.15))
 
 
 def test_interquartile_mean_is_the_mean_of_the_middle_half():
     returns = np.random.default_rng(2).normal(size=12) ** 3
-    point, low, high = report.interquartile_mean(returns)
+    point, low, high = report.rliable_interval(report.metrics.aggregate_iqm, returns[:, None])
     assert point == pytest.approx(np.sort(returns)[3:9].mean())
     assert low < point < high and returns.min() < low and high < returns.max()
 
 
-def test_probability_of_improvement_counts_pairs():
-    rng = np.random.default_rng(3)
-    ours, theirs = rng.integers(0, 6, (9, 2)).astype(float), rng.integers(0, 5, (7, 2)).astype(float)
-    pairs = [1.0 if x > y else 0.5 if x == y else 0.0 for k in range(2) for x in ours[:, k] for y in theirs[:, k]]
-    point, low, high = report.probability_of_improvement(ours, theirs)
-    assert point == pytest.approx(np.mean(pairs))
-    assert 0 <= low < point < high <= 1
-
-
-def test_difference_of_means_has_the_normal_interval():
-    rng = np.random.default_rng(4)
-    ours, theirs = rng.normal(3, 1, 400), rng.normal(1, 2, 300)
-    point, low, high = report.difference_of_means(ours, theirs, rng)
-    assert point == pytest.approx(ours.mean() - theirs.mean())
-    half = 1.96 * np.sqrt(ours.var() / 400 + theirs.var() / 300)
-    assert (point - low, high - point) == (pytest.approx(half, rel=0.15), pytest.approx(half, rel=0.15))
+# --- control
 
 
 def test_report_of_a_suite_compares_its_variants(tmp_path):
     """Two tasks, one of the paper's; unequal numbers of seeds; groups named by the suite's variants."""
     ends = {("mine", "Hopper-v4"): [30, 50, 70], ("base", "Hopper-v4"): [20, 40], ("mine", "B/c-v0"): [300, 100]}
-    ends["base", "B/c-v0"] = [200, 200, 200, 200]
+    ends["base", "B/c-v0"] = [200, 200, 200, 160]
     for (variant, task), returns in ends.items():
         for seed, value in enumerate(returns, 1):
             script = {"mine": "bpo_x", "base": "ppo_x"}[variant]
             name = f"{variant}__{task.replace('/', '-')}__{seed}"
             args = dict(env_id=task, seed=seed, total_timesteps=1_000_000)
             make_run(tmp_path / "suite" / name / f"run{seed}", script, f"5,{value},5\n", **args)
-    done = run_report(tmp_path / "suite", "--output", tmp_path / "out", "--interval", "500000")
+    done = run_report(tmp_path / "suite", "--output", tmp_path / "out", interval=500_000)
     assert (done.returncode, done.stderr) == (0, "")
     table = (tmp_path / "out" / "table.md").read_text()
     assert table == done.stdout
-    assert "| Hopper-v4 | mine | 3 | 1000000 | 50.0 | 30.0 to 70.0 | 50.0 |" in table
-    assert "| Hopper-v4 | mine | 20.0 | " in table and "| 0.83 | " in table  # better in 5 of 6 pairs
-    assert "| B/c-v0 | mine | 0 | " in table and "| 0.50 | " in table
-    assert "| all, first 2 and 2 runs of each | mine | - | - | 0.62 | " in table  # (3 of 4 pairs + half of 4) / 2
+    assert (
+        "| Hopper-v4 | mine | 3 | 1000000 | 50.0 (30.0 to 70.0) | 50.0 (30.0 to 70.0) | 20.0 | - | 0% | 30.0, " in table
+    )
+    assert (
+        "| B/c-v0 | base | 4 | 1000000 | 190 (170 to 200) | 200 (" in table
+        and " | 160 | - | 200, 200, 200, 160 |" in table
+    )
+    assert "| Hopper-v4 | mine | 20.0 (" in table and "| 0.83 (" in table  # better in 5 of 6 pairs
+    assert "| B/c-v0 | mine | 10 (" in table and "| 0.50 (" in table
+    assert "| all, first 2 and 2 runs of each | mine | - | 0.62 (" in table  # (3 of 4 pairs + half of 4) / 2
     assert "| Hopper-v4 | mine | 1000000 | 50.0 | 2726 | 3505.1 |" in table
     assert "| Hopper-v4 | base | 1000000 | 30.0 | 853 | 2497.7 |" in table
     assert table.endswith("Commits: abc (11 runs).\n")
     curves = (tmp_path / "out" / "curves.csv").read_text().splitlines()
     assert curves[1] == "B/c-v0,base,1,500000,200" and len(curves) == 1 + 2 * 11
     chosen = run_report(tmp_path / "suite", "--baseline", "mine", "--output", tmp_path / "out")
-    assert "| Hopper-v4 | base | -20.0 | " in chosen.stdout
+    assert "| Hopper-v4 | base | -20.0 (" in chosen.stdout
     unknown = run_report(tmp_path / "suite", "--baseline", "theirs", "--output", tmp_path / "new")
     assert (unknown.returncode, unknown.stderr) == (2, "error: no group theirs: there are base, mine\n")
     assert not (tmp_path / "new").exists()
 
 
-def test_many_groups_are_drawn_beside_each_other(tmp_path):
-    for k in range(7):
-        make_run(tmp_path / f"v{k}__Task-v0__1" / "run")
+def test_runs_of_the_rebuilt_scripts_are_read_beside_old_ones(tmp_path):
+    """They have no evaluation, no times and fewer metrics."""
+    make_run(tmp_path / "bpo__Task-v0__1" / "run", new=True)
+    make_run(tmp_path / "bpo__Task-v0__2" / "run", seed=2)
     assert run_report(tmp_path, "--output", tmp_path / "out").returncode == 0
-    assert {x.name for x in (tmp_path / "out").iterdir()} == {
-        "curves.csv",
-        "summary.csv",
-        "settings.json",
-        "table.md",
-        "groups.png",
-    }
+    summary = pd.read_csv(tmp_path / "out" / "summary.csv").set_index("seed")
+    assert summary["training_seconds"].tolist() == [5, 5]  # 100 steps / 20 per second; 1 + 0.5 + 2 + 1.5
+    assert summary["deterministic_mean"].isna().tolist() == [True, False]
+    assert summary["losses/kl"].tolist() == [0.015, 0.015]
 
 
-def test_an_earlier_report_and_new_runs_make_the_report_of_all(tmp_path):
-    """Also where the new runs are shorter or longer than the earlier ones, and the groups differ."""
-    rng = np.random.default_rng(5)
-    lengths = {1: 100, 2: 300, 3: 200}
-    for variant, seed in ((v, s) for v in ("mine", "base", "late") for s in lengths if (v, s) != ("late", 1)):
-        script, value = f"{'ppo' if variant == 'base' else 'bpo'}_x", 1000 * rng.normal()
-        folder = tmp_path / ("old" if seed == 1 else "new") / f"{variant}__Task-v0__{seed}"
-        make_run(folder / "run", script, f"5,{value},5\n70,{value / 3},5\n", seed=seed, total_timesteps=lengths[seed])
-    run_report(tmp_path / "old", "--output", tmp_path / "first")
-    together = run_report(tmp_path / "first", tmp_path / "new", "--output", tmp_path / "both")
-    at_once = run_report(tmp_path / "old", tmp_path / "new", "--output", tmp_path / "all")
-    assert (together.returncode, together.stderr, together.stdout) == (0, "", at_once.stdout)
-    assert "| Task-v0 | mine | 3 | 100 |" in together.stdout and "| Task-v0 | late | 2 |" in together.stdout
-    for name in ("curves.csv", "summary.csv"):
-        assert (tmp_path / "both" / name).read_text() == (tmp_path / "all" / name).read_text()
-    assert "Task-v0,mine,2,300," in (tmp_path / "both" / "curves.csv").read_text(), "no curve is cut"
+def test_runs_caught_standing_still_on_hopper_are_counted(tmp_path):
+    for seed, (value, length) in enumerate([(1000, 1000), (3000, 1000), (1400, 800), (1400, 901)], 1):
+        rows = "10,9000,10\n" + 100 * f"50,{value},{length}\n"
+        make_run(tmp_path / f"a__Hopper-v4__{seed}" / "run", rows=rows, env_id="Hopper-v4", seed=seed)
+    assert "| 1000 | 50% | 1000, 3000, 1400, 1400 |" in run_report(tmp_path, "--output", tmp_path / "out").stdout
 
 
-def test_a_report_within_the_folder_of_its_runs_is_made_anew_from_them(tmp_path):
-    make_run(tmp_path / "a__Task-v0__1" / "run")
-    run_report(tmp_path, "--output", tmp_path)
-    make_run(tmp_path / "a__Task-v0__2" / "run", seed=2)
-    again = run_report(tmp_path, "--output", tmp_path)
-    assert (again.returncode, again.stderr) == (0, "") and "| Task-v0 | a | 2 |" in again.stdout
+def test_a_short_sweep_needs_no_interval(tmp_path):
+    make_run(tmp_path / "a__Task-v0__1" / "run", total_timesteps=1200, rows="10,1,10\n")
+    assert run_report(tmp_path, "--output", tmp_path / "out", interval=None).returncode == 0
+    assert pd.read_csv(tmp_path / "out" / "curves.csv")["step"].diff().iloc[1:].eq(10).all()
+    assert report.choose_interval([10_000_000, 1_000_000]) == 10_000
 
 
-def test_a_report_that_cannot_be_extended_is_named(tmp_path):
-    make_run(tmp_path / "a__Task-v0__1" / "run")
-    run_report(tmp_path, "--output", tmp_path / "out")
-    twice = run_report(tmp_path / "out", tmp_path / "a__Task-v0__1", "--output", tmp_path / "new")
-    assert (twice.returncode, twice.stderr) == (2, "error: two runs of a with seed 1: leave one out\n")
-    other = run_report(tmp_path / "out", "--interval", "20", "--output", tmp_path / "new")
-    assert other.returncode == 2 and "not 20 steps apart" in other.stderr
-    beside = run_report(tmp_path / "out", tmp_path / "a__Task-v0__1", "--interval", "20", "--output", tmp_path / "out")
-    assert beside.returncode == 2 and "not 20 steps apart" in beside.stderr  # not overwritten by the new run alone
-    curves = tmp_path / "out" / "curves.csv"
-    curves.write_text(curves.read_text() + "Task-v0,b,1,50,3\n")
-    foreign = run_report(tmp_path / "out", "--output", tmp_path / "new")
-    assert foreign.returncode == 2 and "hold different runs" in foreign.stderr
-    assert not (tmp_path / "new").exists()
+def test_a_run_without_an_episode_is_called_that(tmp_path):
+    """None at all, or none by the end of the shortest run."""
+    (make_run(tmp_path / "none") / "episodes.csv").write_text("step,return,length\n")
+    done = run_report(tmp_path / "none", "--output", tmp_path / "out")
+    assert "none: no episode has ended\n" in done.stderr and "damaged" not in done.stderr
+    make_run(tmp_path / "bpo__Task-v0__1" / "run")
+    make_run(tmp_path / "ppo__Task-v0__7" / "run", "ppo_x", "150,5,150\n", seed=7, total_timesteps=200)
+    done = run_report(*tmp_path.glob("*__*"), "--output", tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists() and done.stderr.count("\n") == 1
+    assert "ends at step 100, where no episode had ended in ppo 7" in done.stderr
 
 
-def test_runs_whose_other_settings_are_unknown_cannot_be_added_to_a_report(tmp_path):
-    make_run(tmp_path / "old")
-    make_run(tmp_path / "new", seed=2, clip_coef=0.9)
-    run_report(tmp_path / "old", "--output", tmp_path / "out")
-    done = run_report(tmp_path / "out", tmp_path / "new", "--output", tmp_path / "both")
-    assert done.returncode == 2 and "new is not of a suite" in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "both").exists()
+def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
+    make_run(tmp_path / "a", seed=2, rows="10,5,10\n100,7,90\n")
+    make_run(tmp_path / "b", seed=1)
+    make_run(tmp_path / "c", clip_coef=0.5)
+    make_run(tmp_path / "half", seed=3, rows="10,5,10\n100,7")
+    make_run(tmp_path / "nan", seed=4, rows="10,nan,10\n")
+    make_run(tmp_path / "late", seed=7, rows="101,5,101\n")
+    (make_run(tmp_path / "unfinished", seed=5) / "agent.pt").unlink()
+    (make_run(tmp_path / "unevaluated", seed=5) / "evaluation.json").unlink()
+    for name, text in (("no column", "a\n50\n"), ("empty", "")):
+        (make_run(tmp_path / name, seed=8) / "metrics.csv").write_text(text)
+    done = run_report(*sorted(x for x in tmp_path.iterdir()), tmp_path / "missing", "--output", tmp_path / "out")
+    assert done.returncode == 0
+    skipped = [line for line in done.stderr.splitlines() if line.startswith("skipped")]
+    names = ("half", "nan", "unfinished", "unevaluated", "missing", "late", "no column: it has no 'step", "empty")
+    assert [sum(f"/{name}" in line for line in skipped) for name in names] == [1] * 8
+    rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
+    group = "Task-v0,BPO clip_coef=0.3"
+    assert rows[1:5] == [f"{group},1,50,1", f"{group},1,100,4", f"{group},2,50,5", f"{group},2,100,6"]
+    assert "| Task-v0 | BPO clip_coef=0.3 | 2 | 100 | 5.0 (" in (tmp_path / "out" / "table.md").read_text()
+    summary = (tmp_path / "out" / "summary.csv").read_text().splitlines()
+    assert summary[1] == "Task-v0,BPO clip_coef=0.3,1,bpo_continuous_action,abc,0.2,0.015,0.5,7,0.5,7,0.5,5"
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_uncommitted_code_are_marked(tmp_path):
+    run = make_run(tmp_path / "a")
+    about = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(about | {"commit": "0123456789abcdef-dirty"}))
+    assert "Commits: 0123456789ab-dirty (1 runs)." in run_report(run, "--output", tmp_path / "out").stdout
+
+
+def test_published_figures_are_complete():
+    published = report.read_published()
+    assert len(published) == 8 * 2 * 5 and all(float(x) > 0 for x in published.values())
+    assert published["Ant-v4", "bpo", "end"] == "4871.4" and published["Swimmer-v4", "ppo", "1000000"] == "298"
+
+
+def test_a_game_has_the_papers_figures_under_both_of_its_names(tmp_path):
+    for name in ("Breakout-v5", "BreakoutNoFrameskip-v4"):
+        make_run(tmp_path / f"mine__{name}__1" / "run", "bpo_x", "5,3,5\n", env_id=name, total_timesteps=1_000_000)
+    done = run_report(tmp_path, "--output", tmp_path / "out", interval=500_000)
+    found = [line.split(" | ")[4] for line in done.stdout.splitlines() if line.startswith("| Breakout")][-2:]
+    assert found == ["24", "24"]
+
+
+def test_bad_input_is_one_line_and_creates_nothing(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    (tmp_path / "file").touch()
+    for words in (
+        [tmp_path / "a", tmp_path / "b"],
+        [],
+        [tmp_path / "a", "--interval", 0],
+        [tmp_path / "a", "--output", tmp_path / "file"],
+        [tmp_path / "a", "--aggregate"],
+    ):
+        done = run_report("--output", tmp_path / "out", *words)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+# --- settings
 
 
 def test_runs_of_one_variant_with_other_settings_are_not_pooled(tmp_path):
@@ -224,74 +321,211 @@ def test_lengths_may_differ_only_if_nothing_is_scheduled_over_them(schedule, sta
     assert ("other settings than other runs: total_timesteps, on which the" in done.stderr) == (status == 2)
 
 
-def test_a_run_without_an_episode_where_the_shortest_ends_is_named(tmp_path):
-    make_run(tmp_path / "bpo__Task-v0__1" / "run")
-    make_run(tmp_path / "ppo__Task-v0__7" / "run", "ppo_x", "150,5,150\n", seed=7, total_timesteps=200)
-    done = run_report(tmp_path, "--output", tmp_path / "out")
-    assert done.returncode == 2 and not (tmp_path / "out").exists() and done.stderr.count("\n") == 1
-    assert "no episode had ended by step 100 in ppo 7" in done.stderr
+# --- earlier reports, and writing
 
 
-def test_runs_of_uncommitted_code_are_marked(tmp_path):
-    run = make_run(tmp_path / "a")
-    about = json.loads((run / "args.json").read_text())
-    (run / "args.json").write_text(json.dumps(about | {"commit": "0123456789abcdef-dirty"}))
-    assert "Commits: 0123456789ab-dirty (1 runs)." in run_report(run, "--output", tmp_path / "out").stdout
+@pytest.mark.parametrize("folder", REPORTS, ids=lambda path: path.name)
+def test_a_published_report_gives_its_curves_again(folder):
+    """Byte for byte; so a report that is extended keeps what it had."""
+    curves, summary, _ = report.collect(report.Args(runs=(folder,)))
+    assert report.to_csv(curves, 6) == (folder / "curves.csv").read_bytes()
+    assert report.to_csv(summary, 8) == (folder / "summary.csv").read_bytes()
+    assert folder.joinpath("table.md").exists() and folder.joinpath("curves.png").exists()
 
 
-def test_published_figures_are_complete():
-    published = report.read_published()
-    assert len(published) == 8 * 2 * 5 and all(float(x) > 0 for x in published.values())
-    assert published["Ant-v4", "bpo", "end"] == "4871.4" and published["Swimmer-v4", "ppo", "1000000"] == "298"
+def test_an_earlier_report_and_new_runs_make_the_report_of_all(tmp_path):
+    """Also where the new runs are shorter or longer than the earlier ones, and the groups differ."""
+    rng = np.random.default_rng(5)
+    lengths = {1: 100, 2: 300, 3: 200}
+    for variant, seed in ((v, s) for v in ("mine", "base", "late") for s in lengths if (v, s) != ("late", 1)):
+        script, value = f"{'ppo' if variant == 'base' else 'bpo'}_x", 1000 * rng.normal()
+        folder = tmp_path / ("old" if seed == 1 else "new") / f"{variant}__Task-v0__{seed}"
+        make_run(folder / "run", script, f"5,{value},5\n70,{value / 3},5\n", seed=seed, total_timesteps=lengths[seed])
+    run_report(tmp_path / "old", "--output", tmp_path / "first")
+    together = run_report(tmp_path / "first", tmp_path / "new", "--output", tmp_path / "both", interval=None)
+    at_once = run_report(tmp_path / "old", tmp_path / "new", "--output", tmp_path / "all")
+    assert (together.returncode, together.stderr, together.stdout) == (0, "", at_once.stdout)
+    assert "| Task-v0 | mine | 3 | 100 |" in together.stdout and "| Task-v0 | late | 2 |" in together.stdout
+    for name in ("curves.csv", "summary.csv", "settings.json"):
+        assert (tmp_path / "both" / name).read_text() == (tmp_path / "all" / name).read_text()
+    assert "Task-v0,mine,2,300," in (tmp_path / "both" / "curves.csv").read_text(), "no curve is cut"
 
 
-def test_a_game_has_the_papers_figures_under_both_of_its_names(tmp_path):
-    for name in ("Breakout-v5", "BreakoutNoFrameskip-v4"):
-        make_run(tmp_path / f"mine__{name}__1" / "run", "bpo_x", "5,3,5\n", env_id=name, total_timesteps=1_000_000)
-    done = run_report(tmp_path, "--output", tmp_path / "out", "--interval", "500000")
-    found = [line.split(" | ")[4] for line in done.stdout.splitlines() if line.startswith("| Breakout")][-2:]
-    assert found == ["24", "24"]
+def test_the_wide_files_of_the_earlier_scripts_are_read(tmp_path):
+    """Of legged robots and of language models, without a task, summary or settings."""
+    robots = "script,seed,step,charts/mean_return_100,losses/kl\nbpo_locomotion,1,50,2,0.5\nbpo_locomotion,1,100,3,\n"
+    rows = [f'"GBPO (0.2, 1 epoch)",1,{row}\n' for row in ("0,0.5,,", "20,0.6,2,0.1")]
+    models = "group,seed,step,pass@1,ratio_max,out_of_bounds\n" + "".join(rows)
+    for name, text in (("robots", robots), ("models", models)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "curves.csv").write_text(text)
+        assert run_report(tmp_path / name, "--output", tmp_path / "out").returncode == 0
+        written = (tmp_path / "out" / "curves.csv").read_text()
+        assert written.splitlines()[1:] == [f",{line}" for line in text.splitlines()[1:]]
 
 
-def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
-    make_run(tmp_path / "a", seed=2, rows="10,5,10\n100,7,90\n")
-    make_run(tmp_path / "b", seed=1)
-    make_run(tmp_path / "c", clip_coef=0.5)
-    make_run(tmp_path / "half", seed=3, rows="10,5,10\n100,7")
-    make_run(tmp_path / "nan", seed=4, rows="10,nan,10\n")
-    make_run(tmp_path / "short", seed=6, total_timesteps=49)
-    make_run(tmp_path / "late", seed=7, rows="101,5,101\n")
-    (make_run(tmp_path / "unfinished", seed=5) / "agent.pt").unlink()
-    for name, text in (("no column", "step\n50\n"), ("empty", "")):
-        (make_run(tmp_path / name, seed=8) / "metrics.csv").write_text(text)
-    done = run_report(*sorted(x for x in tmp_path.iterdir()), tmp_path / "missing", "--output", tmp_path / "out")
-    assert done.returncode == 0
-    skipped = [line for line in done.stderr.splitlines() if line.startswith("skipped")]
-    names = ("half", "nan", "unfinished", "missing", "short", "late", "no column: it has no 'ratio", "empty")
-    assert [sum(f"/{name}" in line for line in skipped) for name in names] == [1] * 8
-    rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
-    assert rows[1:5] == [
-        "Task-v0,BPO clip_coef=0.3,1,50,1",
-        "Task-v0,BPO clip_coef=0.3,1,100,4",
-        "Task-v0,BPO clip_coef=0.3,2,50,5",
-        "Task-v0,BPO clip_coef=0.3,2,100,6",
+def test_a_report_within_the_folder_of_its_runs_is_made_anew_from_them(tmp_path):
+    make_run(tmp_path / "a__Task-v0__1" / "run")
+    run_report(tmp_path, "--output", tmp_path)
+    make_run(tmp_path / "a__Task-v0__2" / "run", seed=2)
+    again = run_report(tmp_path, "--output", tmp_path)
+    assert (again.returncode, again.stderr) == (0, "") and "| Task-v0 | a | 2 |" in again.stdout
+
+
+def test_a_report_that_cannot_be_extended_is_named(tmp_path):
+    make_run(tmp_path / "a__Task-v0__1" / "run")
+    run_report(tmp_path / "a__Task-v0__1", "--output", tmp_path / "out")
+    twice = run_report(tmp_path / "out", tmp_path / "a__Task-v0__1", "--output", tmp_path / "new")
+    assert (twice.returncode, twice.stderr) == (2, "error: two runs of a with seed 1: leave one out\n")
+    make_run(tmp_path / "b", seed=2)
+    alone = run_report(tmp_path / "out", tmp_path / "b", "--output", tmp_path / "new")
+    assert alone.returncode == 2 and "b is not of a suite" in alone.stderr and alone.stderr.count("\n") == 1
+    curves = tmp_path / "out" / "curves.csv"
+    curves.write_text(curves.read_text() + "Task-v0,b,1,50,3\n")
+    foreign = run_report(tmp_path / "out", "--output", tmp_path / "new")
+    assert foreign.returncode == 2 and "hold different runs" in foreign.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_leaves_the_old_report_whole(tmp_path):
+    """Every file but the picture fits, which is written first or last."""
+    make_run(tmp_path / "runs" / "a__Task-v0__1" / "run")
+    run_report(tmp_path / "runs", "--output", tmp_path / "out")
+    old = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    make_run(tmp_path / "runs" / "a__Task-v0__2" / "run", seed=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        done = run_report(tmp_path / "runs", "--output", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.returncode == 2 and "cannot write" in done.stderr and done.stderr.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == old
+    assert run_report(tmp_path / "runs", "--output", tmp_path / "out").returncode == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(old)
+
+
+# --- pictures
+
+
+def test_a_method_has_one_colour_everywhere_and_two_are_told_apart():
+    methods = {"bpo": "bpo_x", "GBPO (0.2, 1 epoch)": "gbpo_llm", "ppo": "ppo_x", "GRPO (0.2, 1 epoch)": "grpo_llm"}
+    methods |= {"spo": "ppo_x", "DR GRPO (0.2, 1 epoch)": "grpo_llm", "lambda=1": "bpo_x", "bpo-released": "bpo_x"}
+    colours = [report.looks_of({x: report.method(x, script)})[x][0] for x, script in methods.items()]
+    bpo, gbpo, ppo, grpo, spo, dr, *variants = colours
+    assert bpo == gbpo and ppo == grpo and set(variants) == {bpo} and len({bpo, ppo, spo, dr}) == 4
+    for one, other in itertools.combinations({*report.COLOURS.values()}, 2):
+        assert np.linalg.norm(np.subtract(to_rgb(one), to_rgb(other))) > 0.35
+    assert len({tuple(report.line(bpo, place).values()) for place in range(report.MANY)}) == report.MANY
+
+
+@pytest.mark.parametrize("groups", [2, report.MANY, report.MANY + 1])
+def test_many_groups_have_a_row_each_and_no_band(groups, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure: drawn.append(figure) or b"")
+    for k, seed in itertools.product(range(groups), range(1, 5)):
+        make_run(tmp_path / f"v{k}__Task-v0__{seed}" / "run", seed=seed)
+    assert run_report(tmp_path, "--output", tmp_path / "out").returncode == 0
+    (axis,) = drawn[0].axes
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    assert len(axis.collections) == (groups if groups <= report.MANY else 0)
+    assert (set(labels) == {f"v{k}" for k in range(groups)}) == (groups > report.MANY)
+    assert axis.get_xlabel() and (axis.get_ylabel() or groups > report.MANY)
+
+
+# --- legged robots
+
+
+def test_robots_have_every_panel_and_a_row_per_run(tmp_path):
+    runs = [
+        make_robot_run(tmp_path / "a", "bpo_locomotion", 2, [3, 5, 7, 9], evaluation=8.25),
+        make_robot_run(tmp_path / "b", "bpo_locomotion", 1, [1, 1, 1]),  # unfinished
+        make_robot_run(tmp_path / "c", "ppo_locomotion", 1, [2, 2, 2, 2]),
     ]
-    assert "| Task-v0 | BPO clip_coef=0.3 | 2 | 100 | 5.0 |" in (tmp_path / "out" / "table.md").read_text()
-    summary = (tmp_path / "out" / "summary.csv").read_text().splitlines()
-    assert summary[1] == "Task-v0,BPO clip_coef=0.3,1,bpo_continuous_action,abc,0.2,0.015,0.5,7,0.5,7,0.5,5"
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_bad_input_is_one_line_and_creates_nothing(tmp_path):
-    make_run(tmp_path / "a")
-    make_run(tmp_path / "b")
-    (tmp_path / "file").touch()
-    for words in (
-        [tmp_path / "a", tmp_path / "b"],
-        [],
-        [tmp_path / "a", "--interval", 0],
-        [tmp_path / "a", "--output", tmp_path / "file"],
+    with (runs[1] / "metrics.csv").open("a") as file:
+        file.write("400,9")  # half written
+    done = run_report(*runs, "--output", tmp_path / "out", interval=100)
+    assert done.returncode == 0, done.stderr
+    curves = pd.read_csv(tmp_path / "out" / "curves.csv")
+    assert (curves["charts/learning_rate"] == 1 + curves["charts/mean_return_100"]).all()
+    found = curves.groupby(["group", "seed"])["charts/mean_return_100"].agg(list).to_dict()
+    assert found == {("BPO", 1): [1, 1, 1], ("BPO", 2): [3, 5, 7, 9], ("PPO", 1): [2, 2, 2, 2]}
+    for line in (
+        "| Go1-v1 | BPO | 2 | 300 | 4.0 (1.0 to 7.0) |",  # where the shortest ends
+        "| `BPO` | 1 | 300 | 1.0 | - | - | `1abcdef` |",
+        "| `BPO` | 2 | 400 | 9.0 | 8.2 +- 0.5 | 8.2 +- 0.5 | `2abcdef` |",
+        "| `PPO` | 1 | 400 | 2.0 | - | - | `1abcdef` |",
     ):
-        done = run_report("--output", tmp_path / "out", *words)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert not (tmp_path / "out").exists()
+        assert line in done.stdout
+
+
+def test_points_of_robots_are_means_of_the_iterations_around_them(tmp_path):
+    run = make_robot_run(tmp_path / "a", "bpo_locomotion", 1, range(8), ent_coef=0.1)
+    other = make_robot_run(tmp_path / "b", "bpo_locomotion", 1, range(8), ent_coef=0.2)
+    assert run_report(run, other, "--output", tmp_path / "out", interval=200).returncode == 0
+    curves = pd.read_csv(tmp_path / "out" / "curves.csv")
+    assert curves["group"].unique().tolist() == ["BPO ent_coef=0.1", "BPO ent_coef=0.2"]
+    # the points are at 200, 400, 600 and 800, the iterations at 100, 200, ...
+    assert curves["charts/mean_return_100"].tolist()[:4] == [0.5, 2.5, 4.5, 6.5]
+
+
+# --- language models
+
+
+def test_language_models_have_means_intervals_and_largest_ratios(tmp_path):
+    runs = [make_llm_run(tmp_path / f"a{s}", "gbpo_llm", s, 0.6 + 0.1 * s, 12.0 + s) for s in (1, 2)]
+    runs += [make_llm_run(tmp_path / "b", "grpo_llm", 1, 0.4, 9.0, objective="dr_grpo")]
+    (tmp_path / "unfinished").mkdir()
+    done = run_report(*runs, tmp_path / "unfinished", "--output", tmp_path / "out")
+    assert done.returncode == 0 and "skipped" in done.stderr
+    assert "seed by seed" not in done.stdout  # one seed in common
+    ours = (
+        "| 2 | 20 | 0.750 (0.700 to 0.800) | 0.750 (0.700 to 0.800) | 0.071 | 0.500 | 0.750 | 13.50 (13.00 to 14.00) |"
+    )
+    assert f"| addition | GBPO (0.5, 10 epochs) {ours} 25.0% | 0.700, 0.800 |" in done.stdout
+    assert "| 1 | 20 | 0.400 | 0.400 | - | 0.500 | 0.500 | 11.50 | 25.0% | 0.400 |" in done.stdout
+    rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
+    assert rows[0] == "task,group,seed,step,pass@1,ratio_max,out_of_bounds" and len(rows) == 7
+    assert 'addition,"GBPO (0.5, 10 epochs)",2,20,0.8,14,0.5' in rows
+    again = run_report(tmp_path / "out", "--output", tmp_path / "again")
+    assert again.stdout == done.stdout, "the largest ratio is kept"
+
+
+def test_models_of_one_setting_are_compared_seed_by_seed(tmp_path):
+    """GBPO is 0.1, 0.2 and 0.3 ahead where seeds meet: t(0.975, 2) * 0.1 / sqrt(3) = 0.248 on either side of 0.2."""
+    runs = [make_llm_run(tmp_path / f"a{s}", "gbpo_llm", s, 0.4 + 0.1 * s, 2.0) for s in (1, 2, 3, 4)]
+    runs += [make_llm_run(tmp_path / f"b{s}", "grpo_llm", s, 0.4, 2.0, objective="gspo") for s in (3, 1, 2)]
+    runs += [make_llm_run(tmp_path / f"c{s}", "grpo_llm", s, 0.4, 2.0, objective="gspo", clip_coef=0.2) for s in (1, 2)]
+    done = run_report(*runs, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    compared = [line for line in done.stdout.splitlines() if " less " in line]
+    name = "GBPO (0.5, 10 epochs) less GSPO (0.5, 10 epochs)"
+    assert compared == [f"| {name} | 3 | 0.200 (-0.048 to 0.448) | 0.10, 0.20, 0.30 |"]
+
+
+def test_models_with_other_settings_are_not_pooled(tmp_path):
+    runs = [make_llm_run(tmp_path / "a", "gbpo_llm", 1, 0.6, 2.0, learning_rate=1e-3)]
+    runs += [make_llm_run(tmp_path / "b", "gbpo_llm", 2, 0.6, 2.0, learning_rate=1e-4)]
+    done = run_report(*runs, "--output", tmp_path / "out")
+    assert done.returncode == 2 and not (tmp_path / "out").exists() and done.stderr.count("\n") == 1
+    assert "b has other settings than other runs: learning_rate" in done.stderr
+
+
+# --- over tasks
+
+
+def test_aggregate_normalises_by_published_scores(tmp_path):
+    """Scores of a: 1, 2, 3, 4 on Hopper and 0, 1, 2, 9 on Ant, whose middle half is 1, 2, 2, 3; of b: 2 throughout."""
+    for task, scale, scores in (("Hopper-v4", 2609, [1, 2, 3, 4]), ("Ant-v4", 3258, [0, 1, 2, 9])):
+        for seed, score in enumerate(scores, 1):
+            for group, script, value in (("a", "bpo_x", score), ("b", "ppo_x", 2)):
+                folder = tmp_path / f"{group}__{task}__{seed}" / "run"
+                make_run(folder, script, f"5,{value * scale},5\n", env_id=task, seed=seed)
+    make_run(tmp_path / "a__Other-v0__1" / "run")
+    done = run_report(tmp_path, "--aggregate", "--output", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = {line.split(" | ")[0]: line for line in done.stdout.splitlines() if "Ant-v4, Hopper-v4" in line}
+    assert rows["| a"].startswith("| a | 4 | Ant-v4, Hopper-v4 | 2.000 (")
+    assert " | 0.50 (" in rows["| a"]  # Hopper: 2.5 of 4, Ant: 1.5 of 4
+    assert rows["| b"] == "| b | 4 | Ant-v4, Hopper-v4 | 2.000 (2.000 to 2.000) | - |"
+    assert (tmp_path / "out" / "aggregate.png").read_bytes().startswith(b"\x89PNG")
