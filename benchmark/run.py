@@ -3,8 +3,8 @@
     python benchmark/run.py benchmark/suites/smoke.toml
     python benchmark/run.py --tasks Hopper-v4 Ant-v4 --seeds 5 --flags clip_coef=0.2,0.4 --name clip
 
-All state is in OUTPUT_DIR/SUITE/VARIANT__TASK__SEED/: the script's run folder, log.txt, lock. So the same command goes on
-after any interruption. Exit status: 0 if all runs are complete, 1 if not, 2 for bad input, found before anything starts.
+All state is in OUTPUT_DIR/SUITE/VARIANT__TASK__SEED/ (the script's run folder, log.txt, lock): after any interruption
+the same command goes on. Exit status: 0 if all runs are complete, 1 if not, 2 for bad input, found before any start.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import time
 import tomllib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,10 +37,10 @@ from filelock import lock_descriptor
 from pydantic import BaseModel, Field
 from rich.console import Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-ENDED = ("complete", "failed")
 RUNNERS = ("env_id", "seed", "output_dir", "resume", "evaluate")  # flags that the runner sets
 MACHINE = ("compile", "cuda_graphs", "device")  # flags that a resumed run takes from the suite
 HARMLESS = (*MACHINE, "checkpoint_seconds", "exp_name", "track", "wandb_project_name", "wandb_entity")
@@ -57,16 +57,16 @@ class Args:
     suite: Annotated[Path | None, tyro.conf.Positional] = None  # TOML; without it, the next six describe the sweep
     tasks: tuple[str, ...] = ()  # task names; with a suite: only these
     seeds: int | None = None  # how many, from 1 (default: 3); with a suite: only those up to this one
-    name: str = "sweep"  # folder of the sweep's runs
+    name: str = "sweep"  # folder of the sweep
     scripts: tuple[str, ...] = ("bpo_continuous_action.py",)  # training scripts
-    total_timesteps: int | None = None  # environment steps per run; default: the script's
+    total_timesteps: int | None = None  # environment steps per run
     flags: tuple[str, ...] = ()  # flags of the scripts, name=value,value,...: each combination is a variant
     workers: int = os.cpu_count()  # runs at a time
-    output_dir: Path = Path("runs")  # folder that receives the sweep's folder
+    output_dir: Path = Path("runs")  # receives the sweep's folder
     dry_run: bool = False  # print the commands that are left to do, and start nothing
     cluster: Literal["slurm", "local"] | None = None  # submit through submitit; local: processes of this machine
     cluster_options: tuple[str, ...] = ()  # submitit's parameters: timeout_min=600 slurm_partition=cpu mem_gb=4
-    allow_script: tuple[Path, ...] = ()  # scripts that may be imported and run though they are not the project's
+    allow_script: tuple[Path, ...] = ()  # scripts not of the project that may be imported and run
 
 
 class Variant(BaseModel, extra="forbid", strict=True, hide_input_in_errors=True):
@@ -92,11 +92,8 @@ class Run:
     script: Path
     flags: dict  # of its first command
     settings: dict  # all of the script's
-    state: str = field(default="waiting", init=False)  # running, stopped, complete, failed; elsewhere: another has it
-    attempts: int = field(default=0, init=False)
-    process: subprocess.Popen | None = field(default=None, init=False)
-    lock: int | None = field(default=None, init=False)
-    job: Any = field(default=None, init=False)  # submitit's
+    # running, stopped, complete, failed; elsewhere: another runner has it. No fields: replace() makes them new.
+    state, attempts, process, lock, job = "waiting", 0, None, None, None
 
     def folders(self, *holding):
         """The script's run folders that hold all these files, the oldest first."""
@@ -107,13 +104,16 @@ class Run:
         also = [] if "checkpoint_seconds" in self.settings else ["evaluation.json"]  # the old form's last file
         return any(self.folders(agent, *also) for agent in ("agent.pt", "model"))
 
+    def ended(self):
+        return self.state in ("complete", "failed")
+
     def command(self):
         flags = self.flags
         if folders := self.folders("checkpoint.pt"):
             flags = {x: flags[x] for x in MACHINE if x in flags} | {"resume": folders[-1]}
         return [sys.executable, str(self.script), *words(flags)]
 
-    def check_settings(self, wanted, defaults):
+    def check_settings(self, defaults):
         """BadInput if the folder holds a run with other settings, which must be neither resumed nor taken for this."""
         for folder in self.folders("args.json"):
             try:
@@ -121,26 +121,30 @@ class Run:
                 found = defaults | about["args"] | {"script": about["script"], "format": about.get("format")}
             except (ValueError, LookupError, TypeError, AttributeError):
                 raise BadInput(f"{folder} has a damaged args.json: move it or rename the sweep") from None
-            other = [f"{x}={found[x]}" for x in wanted if found[x] != wanted[x] and x not in RUNNERS + HARMLESS]
-            if other:
-                raise BadInput(f"{folder} has other settings ({', '.join(other)}): move it or rename the sweep")
+            for name, wanted in self.settings.items():
+                if found[name] != wanted and name not in RUNNERS + HARMLESS:
+                    raise BadInput(f"{folder} has {name}={found[name]}, not {wanted}: move it or rename the sweep")
 
     def advance(self, stopping=False):
         """Starts, retries or closes the run if it is time to; returns a line to print, or None."""
-        if self.process and self.process.poll() is None:
+        if self.job and self.job.done():  # its answer counts, too: a shared disk may show the files late
+            done = self.job.exception() is None or self.complete()
+            return self.close("complete" if done else "failed", f" (job {self.job.job_id})")
+        if self.job or self.process and self.process.poll() is None:
             return None
         crash, self.process = f" (exit status {self.process.returncode})" if self.process else "", None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = self.lock or os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
+            if self.lock is None:
+                self.lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
             if not lock_descriptor(self.lock, blocking=False):
                 self.close("elsewhere")
-                return None
-            if self.complete():
+            elif self.complete():
                 return self.close("complete")
-            if stopping or self.attempts == 2:
+            elif stopping or self.attempts == 2:
                 return self.close("stopped" if stopping else "failed", crash)
-            self.start()
+            else:
+                self.start()
         except OSError as error:
             return self.close("failed", f": {error}")
         return f"crashed: {self.name}{crash}, retrying" if crash else None
@@ -159,7 +163,7 @@ class Run:
 
     def close(self, state, why=""):
         """Sets the state and unlocks the run; returns the line that reports it, for a failed run with its log's end."""
-        if self.lock:
+        if self.lock is not None:
             os.close(self.lock)
         self.state, self.lock = state, None
         end = [f"{why}, the end of {self.folder}/log.txt:", *self.log()[-10:]] if state == "failed" else []
@@ -169,21 +173,10 @@ class Run:
         path = self.folder / "log.txt"
         return path.read_text(errors="replace").splitlines() if path.exists() else []
 
-    def step(self):
-        """The step that the log told last."""
-        told, end = re.findall(r"\bstep (\d+)", "\n".join(self.log())), self.settings["total_timesteps"]
-        return end if self.state == "complete" else min(int(told[-1]), end) if told else 0
-
-    def watch(self):
-        """Takes the state from the job; returns a line to print if it has ended, else None."""
-        self.state = "elsewhere"
-        if self.job.done():
-            done = self.job.exception() is None or self.complete()  # a shared disk may show the files late
-            return self.close("complete" if done else "failed", f" (job {self.job.job_id})")
-
     def __call__(self):
-        while self.state not in ENDED:
-            print(self.advance() or "", flush=True)
+        while not self.ended():
+            if line := self.advance():
+                print(line, flush=True)
             time.sleep(1)
         if self.state == "failed":
             raise RuntimeError(self.name)
@@ -209,20 +202,19 @@ def words(flags):
     """{"norm_obs": False, "gamma": 0.9, "sizes": [8, 8]} -> --no-norm-obs --gamma 0.9 --sizes 8 8"""
     result = []
     for name, value in flags.items():
-        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-        result += [f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *map(str, values)]
+        name, switch = name.replace("_", "-"), {"True": "--", "False": "--no-"}.get(str(value).title())
+        values = value if isinstance(value, list) else [value]
+        result += [switch + name] if switch else [f"--{name}", *map(str, values)]
     return result
 
 
-def parse(kind, command, program):
-    """Args from the words of a command; BadInput if they do not fit."""
+def read_flags(kind, flags):
+    """Args with these flags, read as the script will; BadInput if it does not take them."""
     try:
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            return tyro.cli(kind, args=command, prog=program)
-    except SystemExit as stop:
-        if stop.code == 0:  # --help
-            raise
-        raise BadInput(said.getvalue()) from None
+            return tyro.cli(kind, args=words(flags), prog="the script")
+    except SystemExit:
+        raise BadInput(re.sub(r"[─│╭╮╰╯|]|\+?-{4,}\+?", " ", said.getvalue()).split("For full")[0]) from None
 
 
 def load_script(script, allowed):
@@ -257,7 +249,7 @@ def plan(suite, args):
                 flags["checkpoint_interval"] = 1
             for part in (suite, variant):
                 flags |= part.flags | part.task_flags.get(task, {})
-            parsed, default = parse(module.Args, words(flags), script), module.Args()
+            parsed, default = read_flags(module.Args, flags), module.Args()
             if any(x in flags or getattr(parsed, x, 0) != getattr(default, x, 0) for x in RUNNERS):
                 raise BadInput(f"the runner itself sets {', '.join(RUNNERS)}")
             check_task(module, env_id=task, **{x: y for x, y in vars(parsed).items() if x == "env_backend"})
@@ -271,31 +263,18 @@ def plan(suite, args):
                 folder = args.output_dir / suite.name / name
                 command = {"env_id": task, "seed": seed} | flags | {"output_dir": folder}
                 settings, defaults = (json.loads(json.dumps(vars(x))) for x in (settings, default))
+                settings |= {"script": Path(script).stem, "format": getattr(module, "FORMAT", None)}
                 runs[name] = Run(name, folder, ROOT / script, command, settings)
-                about = {"script": Path(script).stem, "format": getattr(module, "FORMAT", None)}
-                runs[name].check_settings(settings | about, defaults)
+                runs[name].check_settings(defaults)
         except ValueError as error:  # the script's own BadInput and pydantic's ValidationError, too
             raise BadInput(f"{suite.name}, {label}, {task}: {error}") from None
     return sorted(runs.values(), key=lambda run: suite.seeds.index(run.settings["seed"]))
 
 
-def describe(args):
-    """The sweep of the command line, as a suite file has it."""
-    options = [option.partition("=") for option in args.flags]
-    choices, variants = [[(name, value) for value in values.split(",")] for name, _, values in options], []
-    for script, *chosen in itertools.product(args.scripts, *choices):
-        flags = {name: {"true": True, "false": False}.get(value, value) for name, value in chosen}
-        label = "+".join([Path(script).stem, *map("=".join, chosen)])
-        variants.append({"name": label, "script": script, "flags": flags})
-    suite = dict(name=args.name, tasks=list(args.tasks), seeds=3 if args.seeds is None else args.seeds)
-    return suite | dict(total_timesteps=args.total_timesteps, variants=variants)
-
-
 def read_suite(args):
     """The sweep that the arguments ask for; BadInput if they do not describe one."""
-    described = (args.name, args.scripts, args.total_timesteps, args.flags)
-    if args.suite and described != (Args.name, Args.scripts, None, ()):
-        raise BadInput("give a suite file or --name, --scripts, --total-timesteps and --flags, not both")
+    if args.suite and (args.flags or args.total_timesteps or (args.name, args.scripts) != (Args.name, Args.scripts)):
+        raise BadInput("a suite file has its own name, scripts, total_timesteps and flags")
     try:
         table = {"name": args.suite.stem} | tomllib.loads(args.suite.read_text()) if args.suite else describe(args)
         if type(seeds := table.setdefault("seeds", 1)) is int:
@@ -312,28 +291,26 @@ def read_suite(args):
     return suite
 
 
-def board(runs, begin):
-    """A line that sums up the sweep, and a table of running runs. begin: time and steps then."""
-    going = [run for run in runs if run.state != "failed"]
-    step, end = sum(run.step() for run in going), sum(run.settings["total_timesteps"] for run in going)
-    seconds = (end - step) * (time.time() - begin[0]) / max(step - begin[1], 1e-9)
-    left = timedelta(seconds=round(seconds)) if seconds < 1e9 else "?"
+def describe(args):
+    """The sweep of the command line, as a suite file has it."""
+    named, variants = [option.partition("=") for option in args.flags], []
+    for script, *flags in itertools.product(args.scripts, *([(x, y) for y in z.split(",")] for x, _, z in named)):
+        label = "+".join([Path(script).stem, *map("=".join, flags)])
+        variants.append({"name": label, "script": script, "flags": dict(flags)})
+    suite = dict(name=args.name, tasks=list(args.tasks), seeds=3 if args.seeds is None else args.seeds)
+    return suite | dict(total_timesteps=args.total_timesteps, variants=variants)
+
+
+def board(runs, ended_before, start_time):
+    """A line that sums up the sweep, and a table of the runs under way."""
+    ended = sum(run.ended() for run in runs)
+    each = (time.time() - start_time) / max(ended - ended_before, 1)
+    left = timedelta(seconds=round(each * (len(runs) - ended))) if ended > ended_before else "?"
     states = sorted(Counter(run.state for run in runs).items(), reverse=True)
-    table = Table("run", "done", "the last line of its log", box=None)
+    table = Table("run", "the last line of its log", box=None)
     for run in (run for run in runs if run.state in ("running", "elsewhere")):
-        table.add_row(run.name, f"{run.step() / run.settings['total_timesteps']:.0%}", *run.log()[-1:])
+        table.add_row(run.name, *map(escape, run.log()[-1:]))
     return f"{len(runs)} runs: {', '.join(f'{n} {state}' for state, n in states)}; {left} left", table
-
-
-def show(function, *arguments, **options):
-    """Calls a function that prints. A terminal or pipe that went away must not end the runner."""
-    try:
-        function(*arguments, **options)
-    except (OSError, SystemExit):  # rich makes SystemExit of a broken pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-say = functools.partial(show, print, flush=True)
 
 
 def submit(runs, suite, args):
@@ -353,34 +330,36 @@ def submit(runs, suite, args):
     with executor.batch():
         jobs = [executor.submit(run) for run in runs]
     for run, job in zip(runs, jobs):
-        run.job = job
+        run.state, run.job = "elsewhere", job
 
 
 def follow(runs, workers):
     """Moves the runs on until all have ended, or signals have stopped them; returns the signals."""
-    signals, passed_on, next_time, begin = [], 0, 0, (time.time(), sum(run.step() for run in runs))
+    signals, passed_on, next_time, start = [], 0, 0, (sum(run.ended() for run in runs), time.time())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
             signal.signal(number, lambda number, _: signals.append(number))
     live = Live(auto_refresh=False, transient=True) if sys.stdout.isatty() else None  # auto_refresh is a thread
     with live or contextlib.nullcontext():
-        while left := [run for run in runs if run.state not in ENDED]:
+        while left := [run for run in runs if not run.ended()]:
             for run in left:
                 may_start = not signals and sum(x.process is not None for x in left) < workers
-                move = run.watch if run.job else run.advance if run.process or may_start else None
-                if move and (line := move(bool(signals))):
-                    say(line)
+                if (run.job or run.process or may_start) and (line := run.advance(bool(signals))):
+                    print(line, flush=True)
             running = [run for run in left if run.process]
             if signals and not running:
                 break
-            for run in running if len(signals) > passed_on else []:  # the first one saves, the second one kills
-                run.process.send_signal(signal.SIGKILL if passed_on else signal.SIGTERM)
+            if len(signals) > passed_on:  # the first one saves, the second one kills
+                if signals[-1] == signal.SIGHUP:  # the terminal is gone: printing would fail
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                for run in running:
+                    run.process.send_signal(signal.SIGKILL if passed_on else signal.SIGTERM)
             passed_on = len(signals)
             if time.time() > next_time:
-                next_time, (line, table) = time.time() + (1 if live else 30), board(runs, begin)
-                show(live.update, Group(line, table), refresh=True) if live else say(line)
+                next_time, (line, table) = time.time() + (1 if live else 30), board(runs, *start)
+                live.update(Group(line, table), refresh=True) if live else print(line, flush=True)
             time.sleep(0.2)
-    say(board(runs, begin)[0])
+    print(board(runs, *start)[0])
     return signals
 
 
@@ -388,41 +367,37 @@ def main(args):
     """Runs the sweep or prints its commands; returns the exit status."""
     if args.workers < 1 or args.cluster_options and not args.cluster:
         raise BadInput("--workers must be at least 1, and --cluster-options needs --cluster")
-    suite = read_suite(args)
+    suite, fork = read_suite(args), multiprocessing.get_context("fork")
     # In a process of its own: the scripts' libraries leave threads behind, and Linux sends the signal that
     # tie_to_runner asks for when each of the runner's threads dies, but the second SIGTERM ends a script unsaved.
-    fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(1, fork, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         runs = pool.submit(plan, suite, args).result()
     for run in runs:
         run.state = "complete" if run.complete() else "waiting"
-    todo, folder = [run for run in runs if run.state not in ENDED], args.output_dir / suite.name
+    todo, folder = [run for run in runs if not run.ended()], args.output_dir / suite.name
     resumable, done = sum(bool(run.folders("checkpoint.pt")) for run in todo), len(runs) - len(todo)
     about = f"{len(runs)} runs, {done} complete, {resumable} to resume, {len(todo) - resumable} to start"
     if args.dry_run:
-        say("\n".join(shlex.join(run.command()) for run in todo))
+        print("\n".join(shlex.join(run.command()) for run in todo))
         print(about, file=sys.stderr)
         return 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot make {folder}: {error.strerror}") from None
-    say(f"{about}; {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{about}; {folder}", flush=True)
     if args.cluster and todo:
         submit(todo, suite, args)
     signals = follow(runs, args.workers)
     if failed := [run.name for run in runs if run.state == "failed"]:
-        say("failed:", ", ".join(failed))
+        print("failed:", ", ".join(failed))
     if signals:
-        say("stopped: the same command goes on from here" + "; the jobs go on" * bool(args.cluster))
+        print("stopped: the same command goes on from here" + "; the jobs go on" * bool(args.cluster))
     return 0 if all(run.state == "complete" for run in runs) else 1
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(parse(Args, None, None)))
-    except BadInput as error:
-        print("error:", *re.sub("[─│╭╮╰╯]", " ", str(error)).split(), file=sys.stderr)
+        sys.exit(main(tyro.cli(Args)))
+    except (BadInput, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("stopped before anything was started")
