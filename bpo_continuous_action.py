@@ -283,8 +283,8 @@ class Agent(nn.Module):
 
     def to_env(self, action):
         """The policy's action as the simulator takes it: [..., A] -> array [..., A]"""
-        offset, scale, low, high = self.action_map
-        return (offset + scale * action).clamp(low, high).numpy()
+        offset, scale, low, high = self.action_map.numpy()
+        return np.clip(offset + scale * action.numpy(), low, high)
 
 
 # --- the environment
@@ -342,7 +342,7 @@ def require_finite(x, name, args):
         raise BrokenRun(f"{args.env_id} returned {name} that is no finite float32")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def collect(agent, envs, state, args):
     """T steps from state, which is updated: the rollout, tensors [T, N, ...], and rows of the finished episodes.
 
@@ -351,12 +351,12 @@ def collect(agent, envs, state, args):
     shape, episodes = (args.num_steps, args.num_envs), []
     obs = torch.zeros(args.num_steps + 1, *state.obs.shape)
     actions = torch.zeros(*shape, len(agent.log_std))
-    noise = torch.randn_like(actions)  # all at once: Normal.sample would double the time of acting
+    noise = agent.log_std.exp() * torch.randn_like(actions)  # at once: Normal.sample would double the time of acting
     rewards, (valid, terminated, truncated) = np.zeros(shape), np.zeros((3, *shape), bool)
     for t in range(args.num_steps):
         valid[t] = ~state.done
         obs[t] = torch.from_numpy(state.obs)
-        actions[t] = agent.policy(agent.normalize(obs[t])) + agent.log_std.exp() * noise[t]
+        actions[t] = agent.policy(agent.normalize(obs[t])) + noise[t]
         state.obs, reward, terminated[t], truncated[t], _ = envs.step(agent.to_env(actions[t]))
         rewards[t] = reward * valid[t]
         state.done = terminated[t] | truncated[t]
