@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from test_atari_envpool import run_ranks
-from test_continuous_action_runs import DAMAGES, column, command_line, comparable, options, read, start
 
 import bpo_atari_envpool as bpo
 import ppo_atari_envpool as ppo
@@ -37,6 +37,88 @@ def signal_handlers():
 
 def train(script, folder, **settings):
     return Path(script.train(script.Args(**{**TINY, "output_dir": str(folder), **settings})))
+
+
+def read(path):
+    """The rows of a CSV file; fails on a half-written one."""
+    text = path.read_text()
+    assert text.endswith("\n")
+    header, *lines = text.splitlines()
+    rows = [line.split(",") for line in lines]
+    assert all(len(row) == len(header.split(",")) for row in rows)
+    return [dict(zip(header.split(","), map(float, row))) for row in rows]
+
+
+def column(rows, name):
+    return np.array([row[name] for row in rows])
+
+
+def options(**settings):
+    """Settings as command-line options."""
+    names = {name: "--" + name.replace("_", "-") for name in settings}
+    flags = [x.replace("--", "--no-") if settings[n] is False else x for n, x in names.items()]
+    values = [[] if isinstance(x, bool) else [str(x)] for x in settings.values()]
+    return [word for flag, value in zip(flags, values) for word in (flag, *value)]
+
+
+def start(script, arguments, **kwargs):
+    command = [sys.executable, script.__file__, *arguments]
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, text=True, **pipes, **kwargs)
+
+
+def command_line(script, arguments, monkeypatch, capsys):
+    """Runs the script as __main__ in this process: its exit status and the lines it wrote to stderr."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(script.__file__, run_name="__main__")
+    return stop.value.code, capsys.readouterr().err.splitlines()
+
+
+def comparable(rows):
+    """Without what a clock says."""
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "charts/SPS"))} for row in rows]
+
+
+class Malicious:
+    """Would create a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def cut(path, part):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+
+
+def edit(path, **settings):
+    about = json.loads(path.read_text())
+    about["args"] |= settings
+    path.write_text(json.dumps(about))
+
+
+DAMAGES = {
+    "missing folder": lambda run: shutil.rmtree(run),
+    "text file": lambda run: (shutil.rmtree(run), run.write_text("hello\n")),
+    "no checkpoint": lambda run: [x.unlink() for x in run.glob("*.pt")],
+    "empty checkpoint": lambda run: [cut(x, 0) for x in run.glob("*.pt")],
+    "truncated checkpoint": lambda run: [cut(x, 0.5) for x in run.glob("*.pt")],
+    "almost whole checkpoint": lambda run: [cut(x, 0.99) for x in run.glob("*.pt")],
+    "text for a checkpoint": lambda run: [x.write_text("hello\n") for x in run.glob("*.pt")],
+    "code for a checkpoint": lambda run: [torch.save(Malicious(run / "executed"), x) for x in run.glob("*.pt")],
+    "other object": lambda run: [torch.save([1, 2], x) for x in run.glob("*.pt")],
+    "no args.json": lambda run: (run / "args.json").unlink(),
+    "half args.json": lambda run: cut(run / "args.json", 0.5),
+    "list for args.json": lambda run: (run / "args.json").write_text("[]"),
+    "unknown setting": lambda run: edit(run / "args.json", no_such_setting=1),
+    "wrong type": lambda run: edit(run / "args.json", num_envs="four"),
+    "wrong value": lambda run: edit(run / "args.json", gamma=7),
+    "other task": lambda run: edit(run / "args.json", env_id="Target-v0"),
+    "other size": lambda run: edit(run / "args.json", hidden_size=32),
+}
 
 
 # -------------------------------------------------------------------------------------------------- scripted simulators
