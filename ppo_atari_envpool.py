@@ -496,7 +496,9 @@ def train(args):
         torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    torch.set_float32_matmul_precision("medium")  # oneDNN's products on a CPU, TF32 on a GPU
+    # oneDNN's products on a CPU, TF32 on a GPU. On a CPU with bfloat16 that would be bfloat16, unless it is asked for.
+    medium = on_gpu or args.bf16 or not torch.cpu._is_avx512_bf16_supported()
+    torch.set_float32_matmul_precision("medium" if medium else "highest")
     torch.manual_seed(args.seed)
     agent = Agent(obs_space.shape[0], action_space.n, args).to(device)
 

@@ -423,7 +423,7 @@ def test_names_stay_legal_and_a_run_can_be_resumed_from_inside(script, tmp_path,
 
 @SCRIPTS
 def test_progress_line_shows_small_returns(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
     train(script, tmp_path, **TINY | dict(env_id="Small-v0"), total_timesteps=60)
     assert "step 32, " in (out := capsys.readouterr().out) and "mean return 0.01, " in out
 

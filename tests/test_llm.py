@@ -13,7 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bpo_continuous_action as bpo
+import bpo_atari_envpool as bpo
 import gbpo_llm as gbpo
 import grpo_llm as grpo
 
