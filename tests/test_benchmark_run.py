@@ -232,7 +232,14 @@ def workers(out):
 # --- suites and what is started
 
 RUNS = dict(ablation=63, fair_mujoco=80, fair_hopper=80, paper_mujoco=80, smoke=12, paper_atari=80, smoke_atari=4)
-RUNS |= dict(paper_locomotion=18, fair_locomotion=12, paper_figure6_small=40, llm_objectives=30, released_mujoco=12)
+RUNS |= dict(
+    paper_locomotion=18,
+    fair_locomotion=12,
+    paper_figure6_small=40,
+    llm_objectives=30,
+    released_mujoco=12,
+    rebuilt_hopper=20,
+)
 
 
 @pytest.mark.parametrize("path", sorted(SUITES.glob("*.toml")), ids=lambda path: path.stem)
