@@ -935,7 +935,8 @@ def test_full_disk_ends_with_one_line(script, room, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     words = options(compile=False, num_steps=64, update_epochs=1, checkpoint_seconds=0, output_dir=tmp_path / "out")
-    code, lines = end_of(fork(script, words, tmp_path, limit), tmp_path)
+    process = start(script, words, cwd=tmp_path, preexec_fn=limit)  # no fork: EnvPool's threads do not survive one
+    code, lines = process.wait(120), process.stderr.read().splitlines()
     assert code == 1 and len(lines) == 1 and lines[0].startswith("error: "), lines
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
