@@ -70,6 +70,7 @@ class Args:
     objective: Literal["clip", "spo"] = "clip"  # PPO's, or Simple Policy Optimization's quadratic penalty
     norm_adv: bool = True  # divide advantages by the minibatch's standard deviation; PPO centres them as well
     norm_obs: bool = True  # standardise observations with running statistics
+    min_obs_std: NonNegative = 0.0  # floor of the standard deviations they are divided by: small inputs stay small
     norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
     vf_coef: NonNegative = 0.5  # w_1, weight of the value loss
     clip_vloss: bool = False  # clip the value's change by --clip-coef, too
@@ -165,8 +166,9 @@ def critic(inputs, args):
 class RunningNormalizer(nn.Module):
     """Mean and variance of all samples seen so far, merged batch by batch (Chan et al., 1983)."""
 
-    def __init__(self, size):
+    def __init__(self, size, min_std=0.0):
         super().__init__()
+        self.min_std = min_std
         for name, value in (("mean", 0.0), ("var", 1.0), ("count", 0.0)):
             self.register_buffer(name, torch.full((size,), value, dtype=torch.float64))
 
@@ -180,7 +182,7 @@ class RunningNormalizer(nn.Module):
         self.count += new
 
     def std(self):
-        return (self.var + 1e-8).sqrt().float()
+        return (self.var + 1e-8).sqrt().clamp(min=self.min_std).float()
 
     def forward(self, x):
         return ((x - self.mean.float()) / self.std()).clamp(-10, 10)
@@ -195,7 +197,7 @@ class Agent(nn.Module):
         self.log_std = nn.Parameter(torch.full((len(action_low),), args.log_std_init))
         self.value = critic(obs_size, args)
         self.norm_obs = args.norm_obs
-        self.obs_stats, self.return_stats = RunningNormalizer(obs_size), RunningNormalizer(1)
+        self.obs_stats, self.return_stats = RunningNormalizer(obs_size, args.min_obs_std), RunningNormalizer(1)
         self.register_buffer("discounted_return", torch.zeros(args.num_envs, dtype=torch.float64))
         low, high = torch.as_tensor(action_low), torch.as_tensor(action_high)
         bounded = torch.maximum(low.abs(), high.abs()) < 1000  # some tasks write a huge number for no bound

@@ -112,6 +112,16 @@ def test_running_normalizer_equals_numpy_over_all_batches(script, seed, sizes, s
 
 
 @SCRIPTS
+def test_floor_under_the_standard_deviation_of_observations_leaves_rewards_alone(script):
+    args, agent = make_agent(script, torch.float32, min_obs_std=0.5)
+    samples = torch.tensor([[0.1, 1.0, 2.0]]) * torch.tensor([[-1.0], [1.0]]) + 7  # deviations 0.1, 1 and 2
+    agent.obs_stats.update(samples)
+    allclose(agent.normalize(samples), [[-0.2, -1, -1], [0.2, 1, 1]], atol=1e-4)
+    agent.return_stats.update(torch.tensor([[-0.1], [0.1]]))
+    allclose(agent.return_stats.std(), [0.1], rtol=1e-4)
+
+
+@SCRIPTS
 def test_rewards_are_scaled_by_discounted_returns_that_go_on_across_calls_and_checkpoints(script):
     _, agent = make_agent(script, torch.float32, num_envs=3)
     rewards, valid = np.random.default_rng(0).normal(1, 1, (120, 3)).astype(np.float32), np.ones((120, 3), bool)
