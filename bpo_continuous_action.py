@@ -33,6 +33,7 @@ import time
 import zipfile
 from collections import deque
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -488,7 +489,8 @@ def train(args):
 # --- running: folders, logs and checkpoints; no algorithm below
 
 FORMAT = 2  # of args.json and checkpoints
-CONTENTS = {"agent.pt": {"agent"}, "checkpoint.pt": {"agent", "optimizer", "step", "returns", "rng_state", "log_sizes"}}
+CHECKPOINT = {"agent", "optimizer", "step", "episodes", "rng_state", "log_sizes"}
+CONTENTS = {"agent.pt": {"agent"}, "checkpoint.pt": CHECKPOINT}
 MAY_CHANGE = "total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
 
 
@@ -544,7 +546,7 @@ class Run(ExitStack):
             number = getattr(signal, name)
             if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
                 self.callback(signal.signal, number, signal.signal(number, self.request_stop))
-        self.returns, self.first_step = deque(self.saved.get("returns", ()), maxlen=100), self.step
+        self.episodes, self.first_step = deque(self.saved.get("episodes", ()), maxlen=100), self.step
         self.start_time = self.line_time = time.time()
         say(f"{args.env_id}, seed {args.seed}: {self.dir}")
         self.save()
@@ -560,9 +562,9 @@ class Run(ExitStack):
         self.enter_context(FileLock(self.dir / "lock", timeout=0))
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-        modules = [sys.modules[x] for x in ("torch", "gymnasium", "numpy", "envpool") if x in sys.modules]
+        modules = {"torch", "gymnasium", "numpy", "envpool", "mjlab", "isaaclab"} & set(sys.modules)
         about = {"format": FORMAT, "script": SCRIPT, "commit": commit, "python": sys.version.split()[0]}
-        return about | {"versions": {module.__name__: module.__version__ for module in modules}}
+        return about | {"versions": {name: version(name) for name in sorted(modules)}}
 
     def restore(self):
         """Reads all, then changes: the parts, the random state, the logs as they were. Returns args.json."""
@@ -593,14 +595,16 @@ class Run(ExitStack):
                 raise BrokenRun(f"{name} is {value} at step {step}")
         self.step = step
         for end, total, length in episodes:
-            self.returns.append(total)
+            self.episodes.append((total, length))
             self.write("episodes.csv", end, {"return": total, "length": length}, "charts/episodic_")
-        mean_return = sum(self.returns) / len(self.returns) if self.returns else math.nan
+        mean_return, mean_length = np.mean(self.episodes or [(math.nan, math.nan)], axis=0)
         sps = (step - self.first_step) / (time.time() - self.start_time)
-        self.write("metrics.csv", step, metrics | {"charts/mean_return_100": mean_return, "charts/SPS": sps})
+        charts = {"mean_return_100": mean_return, "mean_length_100": mean_length, "SPS": sps}
+        self.write("metrics.csv", step, metrics | {f"charts/{name}": value for name, value in charts.items()})
         live, left = os.isatty(1), max(self.args.total_timesteps - step, 0) / sps
         if live or time.time() - self.line_time > 30:
-            line = f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.4g}, {left:.0f} s left    "
+            terms = "".join(f", {name[8:]} {x:.3g}" for name, x in metrics.items() if name.startswith("rewards/"))
+            line = f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.4g}{terms}, {left:.0f} s left    "
             say(line, end="\r" if live else "\n")
             self.line_time = time.time()
         if time.time() - self.save_time >= self.args.checkpoint_seconds:
@@ -620,7 +624,8 @@ class Run(ExitStack):
         if not all(x.isfinite().all() for x in self.parts["agent"].parameters()):
             raise BrokenRun(f"a weight is not finite at step {self.step}")
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": self.step, "returns": list(self.returns), "rng_state": torch.get_rng_state(), "log_sizes": {}}
+        state |= {"step": self.step, "episodes": list(self.episodes), "rng_state": torch.get_rng_state()}
+        state["log_sizes"] = {}
         self.writer.flush()
         for name, file in self.logs.items():
             file.flush()
@@ -681,7 +686,7 @@ def load_run(run_dir, name):
         args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
-        checkpoint = torch.load(Path(run_dir, name), weights_only=True)
+        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
         if missing := CONTENTS[name] - set(checkpoint):
             raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
         return args, checkpoint
@@ -732,6 +737,6 @@ if __name__ == "__main__":
     except BrokenRun as error:
         sys.exit(f"error: {error}. The last good checkpoint is kept; resumed with the same settings it ends here again")
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
             raise
         sys.exit(f"error: {error}")

@@ -301,8 +301,9 @@ def test_metrics_are_complete_and_finite(hopper):
     script, run_dir = hopper
     rows = read(run_dir / "metrics.csv")
     names = "step losses/policy_loss losses/value_loss losses/entropy losses/approx_kl losses/kl losses/clipfrac "
-    names += "losses/grad_norm losses/explained_variance charts/mean_return_100 charts/learning_rate charts/SPS "
-    names += "charts/log_std ratio/out_of_bounds ratio/high_mean ratio/high_std ratio/low_mean ratio/low_std "
+    names += "losses/grad_norm losses/explained_variance charts/mean_return_100 charts/mean_length_100 charts/SPS "
+    names += "charts/learning_rate charts/log_std ratio/out_of_bounds ratio/high_mean ratio/high_std ratio/low_mean "
+    names += "ratio/low_std "
     if script is bpo:
         names += "losses/median_loss theory/guaranteed_gain theory/atv_divergence theory/improvement_bound"
     assert set(rows[0]) == set(names.split())
@@ -316,8 +317,9 @@ def test_metrics_are_complete_and_finite(hopper):
     high, low = column(rows, "ratio/high_mean"), column(rows, "ratio/low_mean")
     assert (high > 1).all() and (low < 1).all() and high.max() < 2 and low.min() > 0.3
     assert (column(rows, "losses/approx_kl") > 0).all() and (column(rows, "losses/kl") > 0).all()
-    mean_return = np.mean(column(read(run_dir / "episodes.csv"), "return")[-100:])
-    assert rows[-1]["charts/mean_return_100"] == pytest.approx(mean_return, rel=1e-4)
+    for name in ("return", "length"):
+        mean = np.mean(column(read(run_dir / "episodes.csv"), name)[-100:])
+        assert rows[-1][f"charts/mean_{name}_100"] == pytest.approx(mean, rel=1e-4)
 
 
 def test_episodes_fill_the_steps(hopper):
