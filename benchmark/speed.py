@@ -2,7 +2,7 @@
 
     pip install -r benchmark/requirements.txt
     python benchmark/speed.py --pair continuous
-    python benchmark/speed.py --pair continuous --extra-flags "--no-compile --num-envs 8" --extra-flags "--gamma 0.9"
+    python benchmark/speed.py --pair continuous --programs bpo_continuous_action "bpo_continuous_action --no-compile"
     python benchmark/speed.py --pair mjlab --device cuda --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096
 
 All programs of a pair run round by round, pinned to the same cores, so that they share whatever else the machine is
@@ -13,7 +13,7 @@ pair        peer, with the same task, networks and settings
 continuous  Stable-Baselines3's PPO (MlpPolicy, make_vec_env): 4 environments, 512 steps, 10 epochs
 atari       Stable-Baselines3's PPO (CnnPolicy, make_atari_env): 8 environments, 128 steps, minibatches of 256, 4 epochs
 llm         TRL's GRPOTrainer: the same model, prompts, batches and lengths; without evaluations and checkpoints
-locomotion  the bare simulator, measured before and after every program
+locomotion  the bare simulator
 mjlab       RSL-RL's PPO (pip install -r requirements-mjlab.txt), its logging off: 24 steps, 4 minibatches; BPO has 10
             epochs in place of 5 and a third network, as in the paper
 """
@@ -36,7 +36,6 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = ("simulation", "acting", "update")
 HEADINGS = {"hidden_size": "network", "minibatch_size": "minibatch"}  # of the settings in speed.md
 
 
@@ -44,8 +43,6 @@ HEADINGS = {"hidden_size": "network", "minibatch_size": "minibatch"}  # of the s
 class Args:
     pair: Literal["continuous", "atari", "llm", "locomotion", "mjlab"]  # what to measure beside its peer
     programs: tuple[str, ...] = ()  # scripts with flags, each in quotes, in place of the pair's own choice
-    # flags in quotes: the first program's script with them is one more program; may be repeated
-    extra_flags: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     rounds: int = 3  # measurements of each
     iterations: int | None = None  # iterations of each measurement, warm-up included
     env_id: str | None = None  # task
@@ -214,7 +211,6 @@ class Pair:
     unit: str = "steps"
     rate: str = "steps_per_second"  # in speed.json
     peer_first: bool = False
-    between: bool = False  # the peer runs around every program
 
 
 SB3 = dict(peer="stable-baselines3", ratio="times SB3")
@@ -271,7 +267,6 @@ PAIRS = {
         folder="locomotion_speed",
         columns=("env_id", "num_envs", "cores"),
         peer_first=True,
-        between=True,
     ),
     "mjlab": Pair(
         peer="RSL-RL PPO",
@@ -301,26 +296,13 @@ def steady_rate(points, warm_up):
     return (total - work) / (end - start)
 
 
-def take_turns(programs, peer, rounds, measure, between=False):
-    """[(run, the peer's rate beside it)] of each program and the peer, which is one of them, by measure(program).
-
-    If between, the peer is measured before and after each of the others, and its rate is the mean.
-    """
+def take_turns(programs, peer, rounds, measure):
+    """[(run, the peer's rate in the same round)] of each program and the peer, which is one, by measure(program)."""
     found = {program: [] for program in programs}
-    before = measure(peer) if between else None
     for _ in range(rounds):
-        if not between:
-            runs = {program: measure(program) for program in programs}
-            for program, run in runs.items():
-                found[program].append((run, runs[peer]["rate"]))
-            continue
-        for program in programs:
-            if program != peer:
-                run, after = measure(program), measure(peer)
-                beside = {name: (before[name] + after[name]) / 2 for name in after}
-                found[program].append((run, beside["rate"]))
-                found[peer].append((beside, beside["rate"]))
-                before = after
+        runs = {program: measure(program) for program in programs}
+        for program, run in runs.items():
+            found[program].append((run, runs[peer]["rate"]))
     return found
 
 
@@ -329,39 +311,30 @@ def summarise(found, rate):
     row = {rate: statistics.median(run["rate"] for run, _ in found)}
     ratios = [run["rate"] / beside for run, beside in found]
     row |= dict(ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios))
-    return row | {name: statistics.median(run[name] for run, _ in found) for name in found[0][0] if name != "rate"}
+    return row | dict(other_seconds=statistics.median(run["other_seconds"] for run, _ in found))
 
 
 def table(rows, pair):
     """The Markdown of speed.md from the rows of speed.json."""
     shown = [name for name in HEADINGS if name in pair.columns]
-    phases = [name for name in PHASES if any(name in row for row in rows)]
-    heads = [HEADINGS[name] for name in shown] + ["program", f"{pair.unit}/s", f"{pair.ratio} (min to max)", *phases]
+    heads = [HEADINGS[name] for name in shown] + ["program", f"{pair.unit}/s", f"{pair.ratio} (min to max)"]
     lines = [f"| {' | '.join([*heads, 'start-up and end, s'])} |", "|-" * (len(heads) + 1) + "|"]
     for row in rows:
         cells = [f"{row[name]}-{row[name]}" if name == "hidden_size" else str(row[name]) for name in shown]
         cells += [f"`{row['program']}`", f"{row[pair.rate]:.0f}"]
         cells += ["{ratio:.2f} ({ratio_min:.2f} to {ratio_max:.2f})".format(**row)]
-        cells += [f"{row[name]:.2f}" if name in row else "-" for name in phases]
         lines.append(f"| {' | '.join([*cells, '{other_seconds:.0f}'.format(**row)])} |")
     return "\n".join(lines) + "\n"
 
 
 def read_metrics(folder, pair):
-    """What the peers return, for a run of ours, and its seconds per 1000 steps in each phase, if logged."""
+    """What the peers return, for a run of ours."""
     lines = next(Path(folder).glob("*/metrics.csv")).read_text().splitlines()
     rows = [dict(zip(lines[0].split(","), map(float, line.split(",")))) for line in lines[1:]]
     work = [row["step"] for row in rows]
     if pair.unit == "completion tokens":
         work = itertools.accumulate(512 * row["completions/mean_length"] for row in rows)
-    points = [(0, 0), *((done, row["step"] / row["charts/SPS"]) for done, row in zip(work, rows))]
-    if "time/simulation" not in rows[0]:
-        return points, {}
-    simulation, rollout, update = (
-        1000 * sum(row[f"time/{x}"] for row in rows[pair.warm_up :]) / (points[-1][0] - points[pair.warm_up][0])
-        for x in ("simulation", "rollout", "update")
-    )
-    return points, dict(zip(PHASES, (simulation, rollout - simulation, update)))
+    return [(0, 0), *((done, row["step"] / row["charts/SPS"]) for done, row in zip(work, rows))]
 
 
 def run_pinned(words, cores):
@@ -379,24 +352,24 @@ def run_pinned(words, cores):
 
 
 def measure(program, pair, case, cores):
-    """Runs one program: its steady rate, its seconds besides, and those of its phases."""
+    """Runs one program: its steady rate, and its seconds besides."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if program == pair.peer:
             output = run_pinned([__file__, f"--pair={case['pair']}", f"--peer={json.dumps(case)}"], cores)
-            points, phases = json.loads(output.splitlines()[-1]), {}
+            points = json.loads(output.splitlines()[-1])
         else:
             script, *flags = shlex.split(program)
             steps = pair.steps * case["iterations"] * case.get("num_envs", 1)
             common = [*pair.flags.format(**case).split(), f"--total-timesteps={steps}", f"--output-dir={folder}"]
             run_pinned([str(ROOT / f"{script}.py"), *common, *flags], cores)
-            points, phases = read_metrics(folder, pair)
+            points = read_metrics(folder, pair)
     if len(points) < pair.warm_up + 2:
         raise SystemExit(f"error: {program} had only {len(points) - 1} iterations: raise --iterations")
     rate = steady_rate(points, pair.warm_up)
     other = time.perf_counter() - start - points[-1][0] / rate
     print(f"{program}: {rate:.0f} {pair.unit}/s, {other:.1f} s besides", flush=True)
-    return dict(rate=rate, other_seconds=other) | phases
+    return dict(rate=rate, other_seconds=other)
 
 
 def make_cases(args, pair, folder):
@@ -444,8 +417,6 @@ def check(args, pair, programs):
 def main(args):
     pair = PAIRS[args.pair]
     programs = args.programs or pair.programs
-    more = [f"{programs[0].split()[0]} {flags}" for flags in args.extra_flags]
-    programs = list(dict.fromkeys([*programs, *more]))
     check(args, pair, programs)
     order = [pair.peer, *programs] if pair.peer_first else [*programs, pair.peer]
     rows = []
@@ -457,7 +428,7 @@ def main(args):
             def run(program, case=case):
                 return measure(program, pair, case, args.cores)
 
-            for program, found in take_turns(order, pair.peer, args.rounds, run, pair.between).items():
+            for program, found in take_turns(order, pair.peer, args.rounds, run).items():
                 rows.append(columns | dict(program=program) | summarise(found, pair.rate))
     output = Path(args.output or ROOT / "benchmark" / "results" / pair.folder)
     output.mkdir(parents=True, exist_ok=True)
@@ -466,14 +437,8 @@ def main(args):
     print(table(rows, pair), end="")
 
 
-def join_extra_flags(words):
-    """--extra-flags "--x" as --extra-flags=--x, which tyro takes for the value that it is."""
-    words = iter(words)
-    return [f"{word}={next(words, '')}" if word == "--extra-flags" else word for word in words]
-
-
 if __name__ == "__main__":
-    arguments = tyro.cli(Args, args=join_extra_flags(sys.argv[1:]), description=__doc__.splitlines()[0])
+    arguments = tyro.cli(Args, description=__doc__.splitlines()[0])
     if arguments.peer:
         print(json.dumps(PAIRS[arguments.pair].run_peer(json.loads(arguments.peer))))
     else:
