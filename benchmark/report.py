@@ -138,13 +138,9 @@ def summarise(folder, about, tables):
 
 
 def read_report(folder):
-    """Curves and summary of an earlier report, tables, and settings, which some lack, as some lack columns."""
-    curves = pd.read_csv(folder / "curves.csv").rename(columns={"script": "group"})
-    if "task" not in curves:
-        curves.insert(0, "task", "")
-    runs = curves[KEYS].drop_duplicates().assign(script="", commit="")
-    summary = pd.read_csv(folder / "summary.csv") if (folder / "summary.csv").exists() else runs
-    if set(runs[KEYS].itertuples(index=False)) != set(summary[KEYS].itertuples(index=False)):
+    """Curves and summary of an earlier report, tables, and settings, which some lack."""
+    curves, summary = (pd.read_csv(folder / name) for name in ("curves.csv", "summary.csv"))
+    if set(curves[KEYS].itertuples(index=False)) != set(summary[KEYS].itertuples(index=False)):
         raise ValueError("curves.csv and summary.csv hold different runs")
     return curves, summary, read_json(folder / "settings.json")
 
@@ -534,6 +530,7 @@ def aggregate(ends, baseline, tables, looks):
         axes[1].fill_between(grid, *sides[group], color=style["color"], alpha=0.2, linewidth=0)
         axes[1].plot(grid, profiles[group], label=group, **style)
         row = {"group": group, "runs of each task": len(ours), "tasks": ", ".join(ends)}
+        row["mean, normalised"] = f"{ours.mean():.3f}"
         row["IQM, normalised (95%)"] = estimate(3, *figures[group][1:])
         if baseline in scores:
             row[f"P(better than {baseline}) (95%)"] = probability(ours, scores[baseline]) if group != baseline else "-"

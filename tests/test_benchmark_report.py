@@ -351,19 +351,6 @@ def test_an_earlier_report_and_new_runs_make_the_report_of_all(tmp_path):
     assert "Task-v0,mine,2,300," in (tmp_path / "both" / "curves.csv").read_text(), "no curve is cut"
 
 
-def test_the_wide_files_of_the_earlier_scripts_are_read(tmp_path):
-    """Of legged robots and of language models, without a task, summary or settings."""
-    robots = "script,seed,step,charts/mean_return_100,losses/kl\nbpo_locomotion,1,50,2,0.5\nbpo_locomotion,1,100,3,\n"
-    rows = [f'"GBPO (0.2, 1 epoch)",1,{row}\n' for row in ("0,0.5,,", "20,0.6,2,0.1")]
-    models = "group,seed,step,pass@1,ratio_max,out_of_bounds\n" + "".join(rows)
-    for name, text in (("robots", robots), ("models", models)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "curves.csv").write_text(text)
-        assert run_report(tmp_path / name, "--output", tmp_path / "out").returncode == 0
-        written = (tmp_path / "out" / "curves.csv").read_text()
-        assert written.splitlines()[1:] == [f",{line}" for line in text.splitlines()[1:]]
-
-
 def test_a_report_within_the_folder_of_its_runs_is_made_anew_from_them(tmp_path):
     make_run(tmp_path / "a__Task-v0__1" / "run")
     run_report(tmp_path, "--output", tmp_path)
