@@ -512,7 +512,7 @@ def test_aggregate_normalises_by_published_scores(tmp_path):
     done = run_report(tmp_path, "--aggregate", "--output", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     rows = {line.split(" | ")[0]: line for line in done.stdout.splitlines() if "Ant-v4, Hopper-v4" in line}
-    assert rows["| a"].startswith("| a | 4 | Ant-v4, Hopper-v4 | 2.000 (")
+    assert rows["| a"].startswith("| a | 4 | Ant-v4, Hopper-v4 | 2.750 | 2.000 (")
     assert " | 0.50 (" in rows["| a"]  # Hopper: 2.5 of 4, Ant: 1.5 of 4
-    assert rows["| b"] == "| b | 4 | Ant-v4, Hopper-v4 | 2.000 (2.000 to 2.000) | - |"
+    assert rows["| b"] == "| b | 4 | Ant-v4, Hopper-v4 | 2.000 | 2.000 (2.000 to 2.000) | - |"
     assert (tmp_path / "out" / "aggregate.png").read_bytes().startswith(b"\x89PNG")
