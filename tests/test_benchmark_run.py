@@ -515,7 +515,7 @@ def test_stopping_saves_and_the_same_command_goes_on(number, stub, tmp_path):
     out = tmp_path / "runs" / "s"
     suite = stub_suite(stub, seeds=2, total_timesteps=800)
     runner = start(suite, out, "--workers", 2)
-    until(lambda: made(out) > 20)
+    until(lambda: made(out) > 20 and len(list(out.glob("*/*/checkpoint.pt"))) == 2)
     runner.send_signal(number)
     status, output = finish(runner)
     assert status == 1 and "stopped: the same command goes on" in output and "crashed" not in output

@@ -454,7 +454,7 @@ def settings_of(run_dir):
 def test_twenty_kills_lose_and_double_no_row(script, tmp_path):
     """Every kill comes at a random moment: while the run starts, trains or writes."""
     rng, words, step = random.Random(1), [], None
-    settings, total = TINY | dict(lr_schedule="constant", checkpoint_seconds=0.02), 6400
+    settings, total = TINY | dict(lr_schedule="constant", checkpoint_seconds=0.02), 12_800
     for kill in range(20):
         lines = rows_on_disk(tmp_path)[1]
         words = words or options(**settings, total_timesteps=total, output_dir=tmp_path)
