@@ -1,20 +1,23 @@
 """Bounded Policy Optimization (BPO) for Atari games, in one file.
 
-BPO (Ao et al., "Bounded Ratio Reinforcement Learning") keeps the ratio of new to old policy within bounds. The best
-such ratio is a formula: the update regresses onto it, where PPO follows a gradient until a clip stops it.
+The best ratio of new to old policy within bounds has a formula. BPO regresses onto it; PPO climbs until a clip.
+Ao et al., "Bounded Ratio Reinforcement Learning", https://arxiv.org/abs/2604.18578
 
     python bpo_atari_envpool.py --env-id Breakout-v5
     torchrun --nproc-per-node 4 bpo_atari_envpool.py --env-id Breakout-v5
 
 What differs from the sibling, ppo_atari_envpool.py:
-1. target_ratio: the optimal ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
-2. policy_loss: the distance of the ratio from that target, weighted by abs(advantage) (Eq. 16), not the clip (Eq. 17).
-3. median_loss and a median head: the baseline that makes the target policy sum to one (Eq. 15).
-4. Advantages are left as they are, or divided by one standard deviation (--norm-adv), and never centred.
-5. improvement_bound: the terms of Corollary 4.4, logged under theory/.
-6. The defaults of bounds, epochs and entropy bonus: Table 2 here, Table 3 there.
+1. target_ratio: the best ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
+2. policy_loss: the distance from it, weighted by abs(advantage) (Eq. 16), in place of the clipped surrogate (Eq. 17).
+3. median_loss and a median head: the baseline that makes the target sum to one (Eq. 15), so nothing is centred.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports below
+
+import argparse
 import dataclasses
 import difflib
 import io
@@ -22,16 +25,19 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import time
+import zipfile
 from collections import deque
-from dataclasses import dataclass
+from contextlib import ExitStack, redirect_stderr
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import envpool
 import gymnasium as gym
@@ -40,109 +46,84 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
+from envpool.registration import registry
+from filelock import FileLock, Timeout
+from pydantic import Field, PositiveInt, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
+from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-STOP = []  # signals received: a first Ctrl-C or SIGTERM ends the run after the iteration, with a checkpoint
-RANK, LOCAL_RANK = (int(os.environ.get(x, 0)) for x in ("RANK", "LOCAL_RANK"))
-WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(x, 1)) for x in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+RANK, LOCAL_RANK = (int(os.environ.get(x) or 0) for x in ("RANK", "LOCAL_RANK"))  # set by torchrun
+WORLD_SIZE, LOCAL_WORLD_SIZE = (int(os.environ.get(x) or 1) for x in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+Size = Annotated[int, Field(ge=1, le=10**6)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e38)]
+NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 
 
-class BadInput(ValueError):
-    """Input that cannot work: printed as one line, exit status 2."""
-
-
-def can_compile():
-    """Whether torch.compile finds what it needs on a CPU: a C++ compiler and Python's headers."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return shutil.which(compiler) is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
-
-
-@dataclass
+@dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
 class Args:
-    env_id: str = "Breakout-v5"
-    """game: any of EnvPool's Atari games; BreakoutNoFrameskip-v4 is another name of Breakout-v5"""
-    seed: int = 1
-    """seed of the simulators, the network's initial weights, the actions and the minibatches"""
-    total_timesteps: int = 10_000_000
-    """environment steps to train for, all environments together; a step is four frames of the game"""
-    num_envs: int = 8
-    """environments stepped in parallel, all processes together"""
-    num_steps: int = 128
-    """steps per environment and iteration"""
-    minibatch_size: int = 256
-    """samples per gradient step, all processes together"""
-    update_epochs: int = 5
-    """passes over the rollout per iteration"""
-    learning_rate: float = 2.5e-4
-    """Adam's step size (the initial one if it is scheduled)"""
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    """linear: to 0 at the last step"""
-    gamma: float = 0.98
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    clip_coef: float = 0.3
-    """epsilon: the ratio's bounds are 1 - epsilon and 1 + epsilon"""
-    ratio_low: float | None = None
-    """lower bound c_l of the ratio, in place of 1 - epsilon (Corollary 4.7)"""
-    ratio_high: float | None = None
-    """upper bound c_h of the ratio, in place of 1 + epsilon (Corollary 4.7)"""
-    temperature: float = 0.001
-    """lambda of Eq. 9; in standard deviations of the advantage if --norm-adv, else in units of return"""
-    median_temperature: float | None = 1.0
-    """lambda of Eq. 15 for the median head, in the same units (1 is the authors' code); None: that of --temperature"""
-    use_median: bool = True
-    """measure the target's advantage from the learned median; --no-use-median: from the value (no median head)"""
-    median_coef: float = 0.5
-    """weight of the median loss, w_2 in the paper"""
-    divergence: Literal["atv", "tv", "kl"] = "atv"
-    """distance from the target policy: advantage-weighted total variation (Eq. 12), total variation (Eq. 11) or KL"""
-    tv_coef: float = 0.0
-    """alpha_1: weight of the plain total variation beside the advantage-weighted one (Eq. 16)"""
-    recompute_advantages: bool = False
-    """measure advantages anew in every minibatch, from the current value and median (authors' code)"""
-    norm_adv: bool = False
-    """scale the minibatch's advantages to a standard deviation of 1 (PPO centres them as well, BPO does not)"""
-    value_coef: float = 0.5
-    """weight of the value loss (R - V)^2, w_1 in the paper"""
-    clip_value_loss: bool = False
-    """clip the change of the value by --clip-coef as well"""
-    target_kl: float | None = None
-    """end the iteration's epochs when the approximate KL divergence exceeds this, in nats"""
-    ent_coef: float = 0.001
-    """weight of the entropy bonus"""
-    max_grad_norm: float = 0.5
-    """the gradient is scaled down to this norm, over all networks jointly"""
-    heads: Literal["linear", "mlp"] = "linear"
-    """what is on the shared trunk: linear layers, or hidden layers of 256 before them as in the authors' BPO"""
-    device: Literal["cpu", "cuda"] = dataclasses.field(
-        default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    """where the network and a rollout's frames are; by default on a GPU if there is one"""
-    bf16: bool = False
-    """compute the trunk in bfloat16: faster on processors that have it (avx512_bf16, AMX) and on GPUs"""
-    compile: bool = False
-    """torch.compile the loss and its gradient: meant for GPUs, does not pay on a CPU"""
-    cuda_graphs: bool = False
-    """replay the compiled loss and its gradient as CUDA graphs (with --compile)"""
-    output_dir: str = "runs"
-    """folder that receives this run's folder"""
-    checkpoint_interval: int = 20
-    """iterations between checkpoints"""
-    eval_episodes: int = 10
-    """games of each evaluation (deterministic and stochastic), at the end of training and with --evaluate"""
-    resume: str | None = None
-    """RUN_DIR: continue this interrupted run with the settings it was started with"""
-    evaluate: str | None = None
-    """RUN_DIR: evaluate this run's agent instead of training"""
-    capture_video: bool = False
-    """film one deterministic game after training or evaluation"""
-    track: bool = False
-    """log to Weights & Biases as well (WANDB_MODE=offline works without an account)"""
-    wandb_project: str = "bounded-ratio-rl"
-    """Weights & Biases project"""
+    env_id: str = "Breakout-v5"  # any of EnvPool's Atari games; PongNoFrameskip-v4 is another name of Pong-v5
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of simulators, initial weights, actions and minibatches
+    total_timesteps: PositiveInt = 10_000_000  # environment steps, all environments together; a step is four frames
+    num_envs: Size = 8  # environments in parallel, N, all processes together
+    num_steps: Annotated[int, Field(ge=2, le=10**6)] = 128  # steps per environment and iteration, T
+    minibatch_size: Size = 256  # samples per gradient step, all processes together
+    update_epochs: Size = 5  # passes over the rollout per iteration
+    learning_rate: Positive = 2.5e-4  # Adam's step size, at the start if it is scheduled
+    lr_schedule: Literal["constant", "linear"] = "constant"  # linear: to 0 at the last step
+    target_kl: Positive | None = None  # no further epoch above this approximate KL, in nats
+    gamma: Fraction = 0.98  # discount factor
+    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation
+    clip_coef: Positive = 0.3  # epsilon: the ratio's bounds are 1 -+ epsilon
+    ratio_low: float | None = None  # c_l, in place of 1 - epsilon
+    ratio_high: float | None = None  # c_h, in place of 1 + epsilon
+    temperature: Positive = 0.001  # lambda of Eq. 9; with norm_adv in standard deviations of the advantage
+    median_temperature: Positive | None = 1.0  # lambda of Eq. 15 (1: authors' code); None: --temperature
+    # a layer on what the value's last one reads, with a hidden layer before it (authors' code), or the value instead
+    median_network: Literal["linear-head", "mlp-head", "none"] = "linear-head"
+    median_coef: NonNegative = 0.5  # w_2, weight of the median loss
+    divergence: Literal["atv", "tv", "kl"] = "atv"  # advantage-weighted total variation (Eq. 12), plain (Eq. 11), KL
+    tv_coef: NonNegative = 0.0  # alpha_1, weight of tv beside atv (Eq. 16)
+    recompute_advantages: bool = False  # in every minibatch, from the current networks (authors' code)
+    norm_adv: bool = False  # divide advantages by the minibatch's standard deviation; PPO centres them as well
+    vf_coef: NonNegative = 0.5  # w_1, weight of the value loss
+    clip_vloss: bool = False  # clip the value's change by --clip-coef, too
+    ent_coef: NonNegative = 0.001  # weight of the entropy bonus
+    max_grad_norm: Positive = 0.5  # largest norm of the gradient over all networks
+    heads: Literal["linear", "mlp"] = "linear"  # of policy and value; mlp: with a hidden layer (authors' code)
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # of the network and the frames
+    bf16: bool = False  # compute the trunk in bfloat16: for GPUs and for processors with avx512_bf16 or AMX
+    compile: bool = False  # torch.compile the loss: for GPUs, does not pay on a CPU
+    cuda_graphs: bool = False  # replay the compiled loss and its gradient as CUDA graphs
+    exp_name: str = SCRIPT  # a part of the run's name
+    output_dir: str = "runs"  # parent of the run's folder
+    checkpoint_seconds: NonNegative = 30  # between checkpoints; 0: one after every iteration
+    resume: str | None = None  # RUN_DIR: go on with this run; --total-timesteps may differ
+    track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline needs no account)
+    wandb_project_name: str = "bounded-ratio-rl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
+
+    @model_validator(mode="after")
+    def check(self):
+        low, high = ratio_bounds(self)
+        if not 0 <= low < 1 < high:
+            raise ValueError(f"the ratio's bounds must have 0 <= low < 1 < high, not {low} and {high}")
+        if self.divergence == "kl" and low == 0:
+            raise ValueError("--divergence kl needs a lower bound of the ratio above 0")
+        if self.divergence != "atv" and self.tv_coef > 0:
+            raise ValueError("--tv-coef needs --divergence atv")
+        if not 2 <= self.minibatch_size <= self.num_envs * self.num_steps:
+            raise ValueError("--minibatch-size must be from 2 to num_envs * num_steps")
+        if self.num_envs % WORLD_SIZE or self.minibatch_size % WORLD_SIZE:
+            raise ValueError(f"--num-envs and --minibatch-size must be multiples of the {WORLD_SIZE} processes")
+        if self.cuda_graphs and not (self.compile and self.device == "cuda"):
+            raise ValueError("--cuda-graphs needs --compile and --device cuda")
+        return self
+
+
+# --- the algorithm
 
 
 def ratio_bounds(args):
@@ -151,68 +132,108 @@ def ratio_bounds(args):
     return low, 1 + args.clip_coef if args.ratio_high is None else args.ratio_high
 
 
-def check_args(args):
-    """Raises BadInput with one line that says what to change."""
-    for names, holds, rule in (
-        ("total_timesteps num_envs num_steps update_epochs", lambda x: x >= 1, "at least 1"),
-        ("checkpoint_interval eval_episodes", lambda x: x >= 1, "at least 1"),
-        ("learning_rate max_grad_norm", lambda x: 0 < x < math.inf, "positive and finite"),
-        ("clip_coef target_kl", lambda x: 0 < x < math.inf, "positive and finite"),
-        ("temperature median_temperature", lambda x: 0 < x < math.inf, "positive and finite"),
-        ("value_coef ent_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
-        ("median_coef tv_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
-        ("tv_coef", lambda x: x == 0 or args.divergence == "atv", "0 unless --divergence is atv"),
-        ("divergence", lambda x: x != "kl" or ratio_bounds(args)[0] > 0, "atv or tv if the ratio's lower bound is 0"),
-        ("gamma gae_lambda", lambda x: 0 <= x <= 1, "within [0, 1]"),
-        ("seed", lambda x: 0 <= x < 2**31, "within [0, 2^31)"),
-        ("minibatch_size", lambda x: 2 <= x <= args.num_envs * args.num_steps, "from 2 to num_envs * num_steps"),
-        ("num_envs minibatch_size", lambda x: x % WORLD_SIZE == 0, f"a multiple of the {WORLD_SIZE} processes"),
-    ):
-        for name in names.split():
-            if (value := getattr(args, name)) is not None and not holds(value):
-                raise BadInput(f"--{name.replace('_', '-')} must be {rule}, got {value}")
-    low, high = ratio_bounds(args)
-    if not 0 <= low < 1 < high < math.inf:
-        raise BadInput(f"the ratio's bounds must satisfy 0 <= low < 1 < high, got {low} and {high}")
-    if args.compile and not can_compile():
-        raise BadInput("--compile needs a C++ compiler (CXX or g++) and Python's headers: install them or --no-compile")
-    if args.device == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
-        count = torch.cuda.device_count()
-        raise BadInput(f"--device cuda needs a GPU per process, and PyTorch finds {count}: pass --device cpu")
-    if args.cuda_graphs and not (args.compile and args.device == "cuda"):
-        raise BadInput("--cuda-graphs needs --compile and --device cuda")
+def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
+    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 at the median, and the bounds far from it.
 
-
-def make_envs(args, num_envs, seed, render_mode=None):
-    """Vector environments, their observation space [C, H, W] and action space; BadInput if the task does not fit.
-
-    They reset on the step after the one that ended an episode: that step is a dummy, its action is ignored. For
-    learning, a lost life ends an episode and rewards are -1, 0 or 1; the infos hold the game's own reward and end.
+    For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
     """
-    name = re.sub("NoFrameskip-v4$", "-v5", args.env_id)
-    if name not in (known := envpool.list_all_envs()):
-        close = ", ".join(difflib.get_close_matches(name, known, 3))
-        raise BadInput(f"EnvPool has no game {args.env_id}" + f": did you mean {close}?" * bool(close))
-    gym.logger.min_level = gym.logger.ERROR
-    if not hasattr(envpool.make_spec(name).config, "episodic_life"):
-        raise BadInput(f"{args.env_id} is no Atari game, which this script needs: it has no stacks of frames")
-    options = dict(episodic_life=True, reward_clip=True, render_mode=render_mode)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, min(num_envs, cores // LOCAL_WORLD_SIZE))
-    envs = envpool.make(name, env_type="gymnasium", num_envs=num_envs, num_threads=threads, seed=seed, **options)
-    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
-    return envs, envs.observation_space, envs.action_space
+    odds = (ratio_high - 1) / (1 - ratio_low)
+    return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(odds))
+
+
+def policy_loss(ratio, target, advantage, tv_coef):
+    """Advantage-weighted total variation plus tv_coef times the plain one, Eq. 16: [B], [B], [B] -> [B]"""
+    return (target - ratio).abs() * (advantage.abs() + tv_coef)
+
+
+def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
+    """Eq. 15 with the g' of Corollary 4.7: [B], [B] -> [B]. Its gradient in mu is (1 - target_ratio) / (c_h - c_l)."""
+    x, odds = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
+    return odds / (1 + odds) * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
+
+
+def minibatch_loss(agent, batch, args):
+    """The objective on samples, tensors [B, ...]: the loss [] and a dict of statistics []."""
+    features, returns = agent.features(batch["obs"]), batch["returns"]
+    policy, value = agent(features), agent.value(features)
+    log_ratio = policy.log_prob(batch["actions"]) - batch["log_probs"]
+    median, (low, high) = agent.median(features), ratio_bounds(args)
+    advantage, median_advantage, scale = measure_advantages(batch, value, median, args)
+    target = target_ratio(median_advantage / scale, low, high, args.temperature)
+    pg_loss = distance(log_ratio, target, advantage / scale, args).mean()
+    v_loss = value_loss(value, batch, args)
+    entropy = policy.entropy().mean()
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
+    stats = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
+    if args.median_network != "none":  # else it would train the value
+        temperature = args.median_temperature or args.temperature
+        # Scaled back, so that scale is the unit of the temperature and no factor of the gradient.
+        stats["median_loss"] = scale * median_loss(returns / scale, median / scale, low, high, temperature).mean()
+        loss = loss + args.median_coef * stats["median_loss"]
+    return loss, stats | policy_change(log_ratio, policy, batch, args)
+
+
+def measure_advantages(batch, value, median, args):
+    """Advantages over value and median, and the scale to divide both by: [B], [B], []"""
+    if not args.recompute_advantages:
+        value, median = batch["values"], batch["medians"]
+    advantage, median_advantage = batch["returns"] - value.detach(), batch["returns"] - median.detach()
+    # The floor is for nearly equal advantages: blown up, they would starve the critics of the clipped gradient.
+    _, size, std = batch["moments"]
+    scale = torch.maximum(std, 0.1 * size) + 1e-8
+    return advantage, median_advantage, scale if args.norm_adv else torch.ones_like(scale)
+
+
+def distance(log_ratio, target, advantage, args):
+    """Distance of the policy from its target, Eq. 16 or another of Figure 9: [B], [B], [B] -> [B]"""
+    ratio = log_ratio.exp()
+    if args.divergence == "tv":  # Eq. 11
+        return (target - ratio).abs()
+    if args.divergence == "kl":  # KL(pi_theta || pi*); - ratio + target, of mean zero, keeps every term >= 0
+        return ratio * (log_ratio - target.log()) - ratio + target
+    return policy_loss(ratio, target, advantage, args.tv_coef)
+
+
+def value_loss(value, batch, args):
+    """Eq. 14, with PPO's clipping on demand: [B] -> []"""
+    loss, old = (batch["returns"] - value).square(), batch["values"]
+    if args.clip_vloss:
+        clipped = old + (value - old).clamp(-args.clip_coef, args.clip_coef)
+        loss = torch.maximum(loss, (batch["returns"] - clipped).square())
+    return loss.mean()
+
+
+def policy_change(log_ratio, policy, batch, args):
+    """How far the policy is from the one that acted: statistics []."""
+    low, high = ratio_bounds(args)
+    ratio, old = log_ratio.exp(), batch["log_policy"]
+    kl = old.exp() * (old - policy.logits)
+    clipfrac = ((ratio < low) | (ratio > high)).float().mean()
+    return {"approx_kl": (ratio - 1 - log_ratio).mean(), "kl": kl.sum(-1).mean(), "clipfrac": clipfrac}
+
+
+# --- the agent
 
 
 def orthogonal(layer, gain=2**0.5):
-    """The layer with orthogonal weights and zero biases."""
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
+def head(inputs, outputs, output_gain, hidden):
+    """A linear layer, with a hidden one of 256 before it on demand."""
+    if not hidden:
+        return nn.Sequential(orthogonal(nn.Linear(inputs, outputs), output_gain))
+    return nn.Sequential(orthogonal(nn.Linear(inputs, 256)), nn.ReLU(), *head(256, outputs, output_gain, False))
+
+
+def critic(inputs, hidden):
+    return head(inputs, 1, 1.0, hidden).append(nn.Flatten(-2))  # drops the last axis: [..., inputs] -> [...]
+
+
 class Agent(nn.Module):
-    """Nature CNN (Mnih et al., 2015) and its heads."""
+    """The Nature CNN (Mnih et al., 2015), and heads on its features."""
 
     def __init__(self, channels, num_actions, args):
         super().__init__()
@@ -227,42 +248,59 @@ class Agent(nn.Module):
         )
         self.dense = nn.Sequential(orthogonal(nn.Linear(7 * 7 * 64, 512)), nn.ReLU(inplace=True))
         mlp = args.heads == "mlp"
-        width = 256 if mlp else 512
+        self.policy, self.value = head(512, num_actions, 0.01, mlp), critic(512, mlp)
+        self.median = self.value
+        if args.median_network != "none":
+            own = critic(256 if mlp else 512, args.median_network == "mlp-head")
+            self.median = nn.Sequential(self.value[:-2], own)
 
-        def hidden(inputs):
-            return nn.Sequential(orthogonal(nn.Linear(inputs, 256)), nn.ReLU()) if mlp else nn.Identity()
-
-        self.policy_branch, self.value_branch = hidden(512), hidden(512)
-        self.policy, self.value = orthogonal(nn.Linear(width, num_actions), 0.01), orthogonal(nn.Linear(width, 1), 1.0)
-        self.use_median = args.use_median
-        if args.use_median:
-            self.median = nn.Sequential(hidden(width), orthogonal(nn.Linear(width, 1), 1.0))
-
-    def forward(self, frames):
-        """The heads' outputs for frames[B, H, W, C] of bytes: a dict of logits[B, A], values[B] and so on."""
+    def features(self, frames):
+        """What the heads read: frames[B, H, W, C], bytes -> [B, 512]"""
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
             # Bytes are exact in bfloat16, and dividing the weights by 255 is cheaper than dividing the frames.
-            images = frames.permute(0, 3, 1, 2).to(torch.bfloat16 if self.bf16 else torch.float32)
-            features = nn.functional.conv2d(images, self.first.weight / 255, self.first.bias, stride=4)
-            # Flattened channels last, as they lie in memory: neither the features nor their gradient are rearranged.
-            features = self.dense(self.convolutions(features).permute(0, 2, 3, 1).flatten(1))
-        features = features.float()
-        value_features = self.value_branch(features)
-        outputs = dict(logits=self.policy(self.policy_branch(features)), values=self.value(value_features).squeeze(-1))
-        if self.use_median:
-            outputs["medians"] = self.median(value_features).squeeze(-1)  # mu_psi
-        return outputs
+            images = frames.movedim(-1, 1).to(torch.bfloat16 if self.bf16 else torch.float32)
+            maps = nn.functional.conv2d(images, self.first.weight / 255, self.first.bias, stride=4)
+            # Flattened channels last, as they lie in memory: neither the maps nor their gradient are rearranged.
+            return self.dense(self.convolutions(maps).movedim(1, -1).flatten(1)).float()
+
+    def forward(self, features):
+        """The policy: features[..., 512] -> Categorical[...]"""
+        return Categorical(logits=self.policy(features), validate_args=False)
+
+    def normalize(self, obs):
+        """The simulator's frames [B, C, H, W] as what the policy reads: features [B, 512]"""
+        return self.features(obs.movedim(1, -1))
+
+    def to_env(self, action):
+        """The policy's action as the simulator takes it, an array."""
+        return action.cpu().numpy()
 
 
-def log_prob(logits, actions):
-    """Log-probability of the actions: logits[..., A], actions[...] -> [...]"""
-    return logits.log_softmax(-1).gather(-1, actions[..., None]).squeeze(-1)
+# --- the environment
 
 
-def kl_divergence(old_logits, logits):
-    """KL(old || new) in nats: logits[..., A] -> [...]"""
-    old, new = old_logits.log_softmax(-1), logits.log_softmax(-1)
-    return (old.exp() * (old - new)).sum(-1)
+def make_envs(args, num_envs, key):
+    """Games with seeds drawn from key, their observation and action space; BadInput if there is no such game.
+
+    They reset on the step after the one that ended an episode. For learning a lost life ends one and rewards are -1, 0
+    or 1; the infos hold the game's own reward and end.
+    """
+    seeds = (np.random.SeedSequence(key).generate_state(num_envs) & 0x7FFFFFFF).tolist()  # EnvPool wants int32
+    games = {name.lower(): name for name, spec in registry.specs.items() if spec[0] == "envpool.atari"}
+    name = re.sub("NoFrameskip-v4$", "-v5", args.env_id)
+    if name not in games.values():
+        title = re.sub(r"^ALE/|((Deterministic|NoFrameskip)?-v\d+)?$", "", args.env_id).lower()
+        close = [games[x] for x in difflib.get_close_matches(f"{title}-v5", games, 3)]
+        raise BadInput(f"EnvPool has no game {args.env_id}" + f", did you mean {', '.join(close)}?" * bool(close))
+    gym.logger.min_level = gym.logger.ERROR
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    sizes = dict(num_envs=num_envs, num_threads=max(1, min(num_envs, cores // LOCAL_WORLD_SIZE)))
+    envs = envpool.make(name, env_type="gymnasium", seed=seeds, episodic_life=True, reward_clip=True, **sizes)
+    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
+    return envs, envs.observation_space, envs.action_space
+
+
+# --- training
 
 
 def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
@@ -271,541 +309,486 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
     values[t+1] must be the value of the observation that step t returned, also where an episode ended.
     """
-    rewards, values, terminated, truncated = (np.asarray(x) for x in (rewards, values, terminated, truncated))
-    deltas = rewards + gamma * values[1:] * ~terminated.astype(bool) - values[:-1]
-    decay = gamma * gae_lambda * ~(terminated.astype(bool) | truncated.astype(bool))
-    advantages = np.empty_like(deltas)
-    trace = np.zeros_like(deltas[0])
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
+    advantages, trace = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
         advantages[t] = trace = deltas[t] + decay[t] * trace
-    return torch.from_numpy(advantages), torch.from_numpy(advantages + values[:-1])
+    return advantages, advantages + values[:-1]
 
 
-def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
-    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 at the median, and the bounds far from it.
+@torch.inference_mode()
+def collect(agent, envs, state, args):
+    """T steps from state, which is updated: the rollout, tensors [T, N, ...], and rows of the games that ended.
 
-    For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
+    The step after an episode's end is a dummy that only resets the simulator: valid is False there. features has T + 1
+    rows. Rewards and ends are those of learning; the games, which all processes know, have lives and real rewards.
     """
-    odds = (ratio_high - 1) / (1 - ratio_low)
-    return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(odds))
+    shape, games, features = state.frames.shape[:2], [], []
+    rewards, (valid, terminated, truncated) = np.zeros(shape, np.float32), np.zeros((3, *shape), bool)
+    actions = torch.zeros(shape, dtype=torch.int64, device=args.device)
+    noise = -torch.empty(*shape, agent.policy[-1].out_features).exponential_().log().to(args.device)  # Gumbel
+    for t in range(args.num_steps):
+        valid[t] = ~state.done
+        state.staging.copy_(torch.from_numpy(state.obs))
+        state.frames[t] = state.staging.to(args.device, non_blocking=True).movedim(1, -1)  # the device rearranges them
+        features.append(agent.features(state.frames[t]))
+        actions[t] = (agent.policy(features[t]) + noise[t]).argmax(-1)  # a sample
+        state.obs, rewards[t], terminated[t], truncated[t], info = envs.step(agent.to_env(actions[t]))
+        state.done = terminated[t] | truncated[t]
+        state.returns += info["reward"] * valid[t]
+        state.lengths += valid[t]
+        for n in (info["terminated"].astype(bool) | truncated[t]).nonzero()[0]:
+            games.append((t, float(state.returns[n]), int(state.lengths[n])))
+            state.returns[n] = state.lengths[n] = 0
+    features.append(agent.normalize(torch.from_numpy(state.obs).to(args.device)))
+    parts = gather((valid.sum(1), games))
+    steps = state.step + sum(counts for counts, _ in parts).cumsum()
+    state.step = int(steps[-1])
+    games = sorted((game for _, games in parts for game in games), key=lambda game: game[0])
+    rollout = dict(rewards=rewards, valid=valid, terminated=terminated, truncated=truncated)
+    rollout = {name: torch.from_numpy(x).to(args.device) for name, x in rollout.items()}
+    rollout |= dict(obs=state.frames, actions=actions, features=torch.stack(features))
+    return rollout, [(int(steps[t]), *result) for t, *result in games]
 
 
-def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
-    """Eq. 15 with the g' of Corollary 4.7: [B], [B] -> [B]. Its gradient in mu is (1 - target_ratio) / (c_h - c_l)."""
-    x, odds = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
-    return odds / (1 + odds) * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
+@torch.no_grad()
+def prepare(agent, rollout, args):
+    """The rollout as samples, tensors [T * N, ...], and the places of those that are no dummies.
 
-
-def policy_loss(ratio, target, advantage, tv_coef):
-    """Advantage-weighted total variation plus tv_coef times the plain one, Eq. 16: [B], [B], [B] -> [B]"""
-    return (target - ratio).abs() * (advantage.abs() + tv_coef)
+    They stay as they are for all epochs; the frames, which are large, stay where they are.
+    """
+    features, rewards, actions = rollout["features"], rollout["rewards"], rollout["actions"]
+    values, terminated, truncated = agent.value(features), rollout["terminated"], rollout["truncated"]
+    _, returns = compute_gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
+    features, policy = features[:-1], agent(features[:-1])
+    batch = dict(obs=rollout["obs"], actions=actions, returns=returns, values=values[:-1])
+    batch |= dict(log_policy=policy.logits, log_probs=policy.log_prob(actions))
+    batch["medians"] = agent.median(features)
+    return {name: x.flatten(0, 1) for name, x in batch.items()}, rollout["valid"].flatten().nonzero().squeeze(-1)
 
 
 def minibatch_moments(advantages):
-    """Mean, mean size and standard deviation of each minibatch over all processes: advantages[..., B] -> [..., 3]"""
+    """Mean, mean size and standard deviation of minibatches over all processes: [..., B] -> [..., 3]"""
     x, count = advantages.double(), advantages.shape[-1] * WORLD_SIZE
-    mean, size, square = (sum_over_ranks(torch.stack([x, x.abs(), x.square()]).sum(-1)) / count).unbind()
-    deviation = ((square - mean.square()).clamp(min=0) * count / (count - 1)).sqrt()
-    return torch.stack([mean, size, deviation], -1).float()
+    mean, size, square = average(torch.stack([x, x.abs(), x.square()]).mean(-1))
+    std = ((square - mean.square()).clamp(min=0) * count / (count - 1)).sqrt()
+    return torch.stack([mean, size, std], -1).float()
 
 
-def minibatch_loss(agent, batch, moments, args):
-    """The objective on batch, a dict of tensors [B, ...], whose advantages have these moments[3].
-
-    Returns the loss [] and a dict of statistics []. A pure tensor program, so it compiles into one graph.
-    """
-    outputs = agent(batch["obs"])
-    log_ratio = log_prob(outputs["logits"], batch["actions"]) - batch["log_probs"]
-    ratio = log_ratio.exp()
-    log_policy = outputs["logits"].log_softmax(-1)
-    entropy = -(log_policy.exp() * log_policy).sum(-1).mean()
-    returns, values = batch["returns"], outputs["values"]
-    value_loss = (returns - values).square()  # Eq. 14
-    if args.clip_value_loss:
-        clipped_values = batch["values"] + (values - batch["values"]).clamp(-args.clip_coef, args.clip_coef)
-        value_loss = torch.maximum(value_loss, (returns - clipped_values).square())
-    value_loss = value_loss.mean()
-    low, high = ratio_bounds(args)
-    _, mean_size, deviation = moments
-    advantages = returns - (values.detach() if args.recompute_advantages else batch["values"])
-    # The floor keeps equal advantages, whose deviation is rounding, from drowning the critics' gradient.
-    scale = torch.maximum(deviation, 0.1 * mean_size) + 1e-8 if args.norm_adv else 1.0
-    median_advantages, mean_median_loss = advantages, torch.zeros_like(value_loss)
-    if args.use_median:
-        medians = outputs["medians"]
-        median_advantages = returns - (medians.detach() if args.recompute_advantages else batch["medians"])
-        temperature = args.median_temperature or args.temperature
-        mean_median_loss = scale * median_loss(returns / scale, medians / scale, low, high, temperature).mean()
-    target = target_ratio(median_advantages / scale, low, high, args.temperature)
-    if args.divergence == "atv":
-        pg_loss = policy_loss(ratio, target, advantages / scale, args.tv_coef)
-    else:  # Eq. 11; KL(pi_theta || pi*), plus terms of mean zero that keep every sample's share >= 0
-        pg_loss = (target - ratio).abs() if args.divergence == "tv" else ratio * (ratio / target).log() - ratio + target
-    pg_loss = pg_loss.mean()
-    loss = pg_loss + args.value_coef * value_loss + args.median_coef * mean_median_loss - args.ent_coef * entropy
-    stats = {
-        "losses/policy_loss": pg_loss,
-        "losses/value_loss": value_loss,
-        "losses/median_loss": mean_median_loss,
-        "losses/entropy": entropy,
-        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),
-        "losses/kl": kl_divergence(batch["logits"], outputs["logits"]).mean(),
-        "losses/clipfrac": ((ratio < low) | (ratio > high)).float().mean(),
-    }
-    return loss, {name: x.detach() for name, x in stats.items()}
-
-
-def minibatch_gradient(loss_function, agent, parameters, batch, indices, moments, args):
-    """The clipped gradient of all parameters as one vector, the statistics stacked, and their names.
-
-    indices[B] choose this process's part of the minibatch from batch, a dict of tensors [T * N, ...]; moments[3] are
-    the whole minibatch's. Gradient and statistics are means over all processes.
-    """
-    minibatch = {name: x.index_select(0, indices) for name, x in batch.items()}
-    loss, stats = loss_function(agent, minibatch, moments, args)
-    gradient = torch.cat(
-        [g.flatten() for g in torch.autograd.grad(loss, parameters)] + [torch.stack([*stats.values()])]
-    )
-    gradient, values = (sum_over_ranks(gradient) / WORLD_SIZE).split([len(gradient) - len(stats), len(stats)])
+def minibatch_gradient(loss_function, agent, batch, args):
+    """The clipped gradient of all parameters as one vector, the mean over all processes, and the statistics."""
+    loss, stats = loss_function(agent, batch, args)
+    gradients = torch.autograd.grad(loss, list(agent.parameters()))
+    gradient = average(torch.cat([x.flatten() for x in gradients]))
     norm = gradient.norm()
-    clipped = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-    return clipped, torch.cat([values, norm[None]]), [*stats, "losses/grad_norm"]
+    stats = {name: x.detach().clone() for name, x in stats.items()}  # a CUDA graph's outputs are overwritten
+    return gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), stats | {"grad_norm": norm}
 
 
-def sum_over_ranks(x):
-    """The sum of a tensor over all processes, in place; x itself if there is but one."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def take(batch, indices, moments):
+    """A minibatch: index_select, unlike batch[indices], copies a frame at once."""
+    return {name: x.index_select(0, indices) for name, x in batch.items()} | {"moments": moments}
 
 
-def gather(arrays):
-    """Arrays [K, T, n] of all processes' environments side by side, in their order: [K, T, N]"""
-    if not dist.is_initialized():
-        return arrays
-    parts = [torch.empty(arrays.shape, dtype=torch.float64) for _ in range(WORLD_SIZE)]
-    dist.all_gather(parts, torch.from_numpy(arrays))
-    return torch.cat(parts, -1).numpy()
+def update(agent, optimizer, loss_function, batch, rows, args):
+    """Epochs of gradient steps; returns the mean of each statistic over all minibatches, and what measure says."""
+    (parameters,), size, history = optimizer.param_groups[0]["params"], args.minibatch_size // WORLD_SIZE, []
+    # The last minibatch is topped up from the first: all have one size, and all processes as many of them.
+    places = torch.arange(math.ceil(max(gather(len(rows))) / size) * size) % len(rows)
+    order = torch.stack([torch.randperm(len(rows))[places] for _ in range(args.update_epochs)]).to(args.device)
+    order = rows[order].view(args.update_epochs, -1, size)
+    moments = minibatch_moments((batch["returns"] - batch["values"])[order])
+    for epoch in zip(order, moments):
+        for indices, their_moments in zip(*epoch):
+            minibatch = take(batch, indices, their_moments)
+            parameters.grad, stats = minibatch_gradient(loss_function, agent, minibatch, args)
+            optimizer.step()
+            history.append(stats)
+        if args.target_kl and average(stats["approx_kl"]) > args.target_kl:
+            break
+    metrics = {f"losses/{name}": torch.stack([x[name] for x in history]).mean().item() for name in stats}
+    # Of one minibatch, for the whole rollout would cost a pass through the network.
+    return metrics | measure(agent, take(batch, order[-1, 0], moments[-1, 0]), args)
 
 
-def ratio_statistics(ratio, low, high):
-    """Figure 7: mean and standard deviation of the ratios [B] above and below 1, and the fraction out of bounds."""
-    stats = {"ratio/out_of_bounds": ((ratio < low) | (ratio > high)).float().mean().item()}
-    for name, side in (("high", ratio[ratio >= 1]), ("low", ratio[ratio <= 1])):
-        stats[f"ratio/{name}_mean"] = side.mean().item() if len(side) else 1.0
-        stats[f"ratio/{name}_std"] = side.std(correction=0).item() if len(side) else 0.0
-    return stats
+@torch.no_grad()
+def measure(agent, batch, args):
+    """Statistics of samples [B]: the ratios after the update (Figure 7), the fit of the values before it."""
+    low, high = ratio_bounds(args)
+    policy = agent(agent.features(batch["obs"]))
+    ratio = (policy.log_prob(batch["actions"]) - batch["log_probs"]).exp()
+    stats = {"ratio/out_of_bounds": ((ratio < low) | (ratio > high)).float().mean()}
+    for name, chosen in (("high", ratio >= 1), ("low", ratio <= 1)):
+        side = ratio[chosen] if chosen.any() else torch.ones(1)
+        stats |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
+    error, returns = batch["returns"] - batch["values"], batch["returns"]
+    unexplained = error.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    stats["losses/explained_variance"] = 1 - unexplained
+    advantage, median_advantage, scale = measure_advantages(batch, batch["values"], batch["medians"], args)
+    target = target_ratio(median_advantage / scale, low, high, args.temperature)
+    # Corollary 4.4: the policy improves by at least the gain of the target less the distance from it.
+    gain, atv = ((target - 1) * median_advantage).mean(), policy_loss(ratio, target, advantage, 0.0).mean()
+    stats |= {"theory/guaranteed_gain": gain, "theory/atv_divergence": atv, "theory/improvement_bound": gain - atv}
+    return {name: x.item() for name, x in stats.items()}
 
 
-def improvement_bound(ratio, batch, args):
-    """Corollary 4.4 per step, over the samples [B] of pi_0: guaranteed gain, divergence left, and their difference."""
-    advantages = batch["returns"] - batch["values"]
-    median_advantages = batch["returns"] - batch["medians" if args.use_median else "values"]
-    scale = torch.maximum(advantages.std(), 0.1 * advantages.abs().mean()) + 1e-8 if args.norm_adv else 1.0
-    target = target_ratio(median_advantages / scale, *ratio_bounds(args), args.temperature)
-    gain, divergence = ((target - 1) * median_advantages).mean(), ((target - ratio).abs() * advantages.abs()).mean()
-    bound = {"guaranteed_gain": gain, "atv_divergence": divergence, "improvement_bound": gain - divergence}
-    return {f"theory/{name}": value.item() for name, value in bound.items()}
-
-
-def to_frames(obs):
-    """EnvPool's observations, bytes [N, C, H, W], as [N, H, W, C], the layout that convolutions like best."""
-    return obs.movedim(1, -1)
-
-
-def act(agent, args, obs, deterministic):
-    """Actions [N] for EnvPool's observations [N, C, H, W]."""
-    with torch.inference_mode():
-        logits = agent(to_frames(torch.from_numpy(obs).to(args.device)))["logits"]
-        noise = 0 if deterministic else -torch.empty_like(logits).exponential_().log()  # Gumbel
-        return (logits + noise).argmax(-1).cpu().numpy()
-
-
-def evaluate(agent, args, deterministic, seed):
-    """Scores [args.eval_episodes] of one game, over all its lives, in each of as many environments."""
-    envs, _, _ = make_envs(args, args.eval_episodes, seed)
-    obs, _ = envs.reset()
-    scores, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
-    while running.any():
-        obs, _, _, truncated, info = envs.step(act(agent, args, obs, deterministic))
-        scores += info["reward"] * running
-        running &= ~(info["terminated"].astype(bool) | truncated)
-    envs.close()
-    return scores
-
-
-def film(agent, args, folder):
-    """Films one deterministic game, as the simulator shows it, as MP4 into the folder."""
-    try:
-        import imageio
-
-        envs, _, _ = make_envs(args, 1, args.seed, render_mode="rgb_array")
-        folder.mkdir(exist_ok=True)
-        with imageio.get_writer(folder / f"{args.env_id}.mp4", fps=15, macro_block_size=2) as video:
-            (obs, _), over = envs.reset(), False
-            while not over:
-                video.append_data(envs.render()[0])
-                obs, _, _, truncated, info = envs.step(act(agent, args, obs, True))
-                over = info["terminated"][0] or truncated[0]
-        envs.close()
-    except Exception as error:  # codecs and disks: many kinds, none of which may hide the evaluation
-        raise SystemExit(f"error: cannot film {args.env_id}: {' '.join(str(error).split())}") from None
-
-
-def report(agent, args, run_dir):
-    """Evaluates both ways, prints the returns and writes them to run_dir/evaluation.json."""
-    results = {}
-    for name in ("deterministic", "stochastic"):
-        returns = evaluate(agent, args, name == "deterministic", (args.seed + 10_000) % 2**31)
-        results[name] = {"mean": returns.mean(), "std": returns.std(), "returns": returns.tolist()}
-        print(f"evaluation, {name}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
-    write_atomically(run_dir / "evaluation.json", json.dumps(results, indent=2).encode())
-    return results
-
-
-def write_atomically(path, content):
-    """Writes bytes to a temporary file, then renames it, so that path never holds half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name without the content
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def to_bytes(state):
-    """What torch.save writes."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def load_run(run_dir, name):
-    """Args and checkpoint `name` of a run; BadInput if they are missing, damaged or not this script's."""
-    try:
-        args = Args(**json.loads((run_dir / "args.json").read_text())["args"])
-        args.device, args.compile, args.cuda_graphs = "cpu", False, False  # the machine's, not the run's
-        check_args(args)
-        checkpoint = torch.load(run_dir / name, map_location="cpu", weights_only=True)
-        script, env_id = checkpoint["script"], checkpoint["env_id"]
-    except BadInput:
-        raise
-    except OSError as error:
-        raise BadInput(f"cannot read {error.filename}: pass the folder of a run that has saved a checkpoint") from None
-    except Exception as error:
-        raise BadInput(f"{run_dir} holds no readable run of this script: {type(error).__name__}") from None
-    if (script, env_id) != (SCRIPT, args.env_id):
-        raise BadInput(f"{run_dir / name} was made by {script} on {env_id}: it does not belong here")
-    return args, checkpoint
-
-
-def check_same_settings(asked, args):
-    """BadInput if a setting was asked for that the run does not have."""
-    for field in dataclasses.fields(Args):
-        value = getattr(asked, field.name)
-        if field.name not in ("resume", "evaluate") and value not in (field.default, getattr(args, field.name)):
-            raise BadInput(
-                f"the settings are the run's, and cannot be changed: leave out --{field.name.replace('_', '-')}"
-            )
-
-
-def load_agent(agent, checkpoint, run_dir):
-    """Loads the weights and normalisers into the agent; BadInput if they do not fit."""
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError:
-        raise BadInput(f"the weights in {run_dir} do not fit its args.json or the task") from None
-
-
-def trim(path, step):
-    """Drops the rows of a CSV file that were written after `step`, or only half written."""
-    lines = path.read_text().splitlines(keepends=True)
-    rows = [x for x in lines[1:] if x.endswith("\n") and x.count(",") == lines[0].count(",")]
-    rows = [x for x in rows if int(x.split(",", 1)[0]) <= step]
-    write_atomically(path, "".join(lines[:1] + rows).encode())
-
-
-def make_run_dir(args):
-    """Makes the run's folder, with args.json; BadInput if that is not possible."""
-    run_dir = Path(args.output_dir) / f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    modules = [sys.modules[name] for name in ("torch", "gymnasium", "envpool", "numpy") if name in sys.modules]
-    about = {"script": SCRIPT, "args": dataclasses.asdict(args), "commit": commit, "python": sys.version.split()[0]}
-    about["versions"] = {module.__name__: module.__version__ for module in modules}
-    try:
-        run_dir.mkdir(parents=True)
-        write_atomically(run_dir / "args.json", json.dumps(about, indent=2).encode())
-    except OSError as error:
-        raise BadInput(f"cannot write to {run_dir}: {error.strerror}; choose another --output-dir") from None
-    return run_dir
+def make_optimizer(agent, args):
+    """Adam on one vector, in the order of minibatch_gradient's, that all parameters become views of: for speed."""
+    parameters = list(agent.parameters())
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(flat.data, parameters)
+    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
+    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
 
 
 def train(args):
-    """Trains an agent and returns its run's folder; BadInput before anything is created."""
+    """Trains an agent and returns its run's folder. BadInput before anything is created, BrokenRun, SystemExit."""
+    set_up_torch(args)
+    with (Follower if RANK else Run)(args) as run:
+        run.load()
+        frames, staging = make_buffers(args)
+        num_envs = args.num_envs // WORLD_SIZE
+        envs, obs_space, action_space = make_envs(args, num_envs, [args.seed, run.step, RANK])
+        obs, _ = envs.reset()
+        torch.manual_seed(args.seed)
+        agent = Agent(obs_space.shape[0], action_space.n, args).to(args.device)
+        optimizer = make_optimizer(agent, args)
+        if WORLD_SIZE > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        run.begin(agent=agent, optimizer=optimizer)  # restores both, or makes the folder: all is known to fit by now
+        lr, loss_function = optimizer.param_groups[0]["lr"], compiled(minibatch_loss, args)
+        done, (returns, lengths) = np.zeros(num_envs, bool), np.zeros((2, num_envs))
+        state = SimpleNamespace(step=run.step, obs=obs, done=done, returns=returns, lengths=lengths)
+        state.frames, state.staging = frames, staging
+        while state.step < args.total_timesteps and not any(gather(run.stopping)):
+            if args.lr_schedule == "linear":
+                lr.fill_(args.learning_rate * (1 - state.step / args.total_timesteps))
+            rollout, games = collect(agent, envs, state, args)
+            batch, rows = prepare(agent, rollout, args)
+            metrics = update(agent, optimizer, loss_function, batch, rows, args)
+            means = average(torch.tensor([*metrics.values()], dtype=torch.float64)).tolist()
+            run.log(state.step, games, dict(zip(metrics, means)) | {"charts/learning_rate": lr.item()})
+        envs.close()
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
+        return run.finish(state.step)
+
+
+# --- running: folders, logs and checkpoints; no algorithm below
+
+FORMAT = 2  # of args.json and checkpoints
+CHECKPOINT = {"agent", "optimizer", "step", "episodes", "rng_state", "log_sizes"}
+CONTENTS = {"agent.pt": {"agent"}, "checkpoint.pt": CHECKPOINT}
+MAY_CHANGE = "total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
+MAY_CHANGE += ["device", "cuda_graphs"]
+
+
+class BadInput(ValueError):
+    """One line, exit status 2."""
+
+
+class BrokenRun(RuntimeError):
+    """One line, exit status 1."""
+
+
+class Run(ExitStack):
+    """A run's folder, new or resumed: lock, settings, logs and checkpoints; the progress line; stop signals."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.args, self.step, self.stopping, self.saved = args, 0, False, {}
+
+    def load(self):
+        """Locks the folder and reads the checkpoint, if this is to resume a run."""
+        if self.args.resume is not None:
+            self.dir = Path(self.args.resume)
+            load_run(self.dir, "checkpoint.pt")
+            self.enter_context(FileLock(self.dir / "lock", timeout=0))
+            _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
+            self.step = self.saved["step"]
+            if self.step >= self.args.total_timesteps and (self.dir / "agent.pt").exists():
+                raise BadInput(f"{self.dir} is complete: to go on, add a larger --total-timesteps")
+
+    def __exit__(self, kind, error, traceback):
+        super().__exit__(kind, error, traceback)
+        if self.stopping and isinstance(error, Exception):  # a compiler's, say, which Ctrl-C has reached as well
+            raise SystemExit(self.stop_message()) from None
+
+    def begin(self, **parts):
+        """Restores the parts (modules, optimizers) that checkpoints hold, or makes the folder; opens the logs."""
+        self.parts, args = parts, self.args
+        if args.track:
+            import wandb
+
+            if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+                raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
+        about = self.restore() if self.saved else self.make_dir()
+        about["args"] = dataclasses.asdict(args) | {"resume": None}
+        write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
+        self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
+        if args.track:
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
+            wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
+            self.callback(wandb.finish)
+        self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
+        self.episodes, self.first_step = deque(self.saved.get("episodes", ()), maxlen=100), self.step
+        self.start_time = self.line_time = time.time()
+        say(f"{args.env_id}, seed {args.seed}: {self.dir}")
+        self.save()
+
+    def make_dir(self):
+        """Makes the folder; returns what args.json is to say besides the settings."""
+        name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{time.time():.6f}"
+        self.dir = Path(self.args.output_dir, re.sub(r"[^\w.-]", "-", name))
+        try:
+            self.dir.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"cannot make {self.dir}: {error.strerror}; choose another --output-dir") from None
+        self.enter_context(FileLock(self.dir / "lock", timeout=0))
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        modules = {"torch", "gymnasium", "numpy", "envpool", "mjlab", "isaaclab"} & set(sys.modules)
+        about = {"format": FORMAT, "script": SCRIPT, "commit": commit, "python": sys.version.split()[0]}
+        return about | {"versions": {name: version(name) for name in sorted(modules)}}
+
+    def restore(self):
+        """Reads all, then changes: the parts, the random state, the logs as they were. Returns args.json."""
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.saved[name])
+        except (RuntimeError, ValueError, KeyError):
+            raise BadInput(f"the checkpoint in {self.dir} does not fit its args.json or the task") from None
+        sizes = {self.dir / name: size for name, size in self.saved["log_sizes"].items()}
+        if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
+            raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
+        about = json.loads((self.dir / "args.json").read_bytes())
+        torch.set_rng_state(self.saved["rng_state"])
+        for path, size in sizes.items():
+            os.truncate(path, size)  # drops rows written after the checkpoint
+        (self.dir / "agent.pt").unlink(missing_ok=True)
+        return about
+
+    def request_stop(self, number, frame):
+        """The first signal ends the run after the iteration, a second one ends the process at once."""
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def log(self, step, episodes, metrics):
+        """Writes an iteration: rows (step, return, length) and metrics. BrokenRun if a loss is not finite."""
+        for name, value in metrics.items():
+            if name.startswith("losses/") and not math.isfinite(value):
+                raise BrokenRun(f"{name} is {value} at step {step}")
+        self.step = step
+        for end, total, length in episodes:
+            self.episodes.append((total, length))
+            self.write("episodes.csv", end, {"return": total, "length": length}, "charts/episodic_")
+        mean_return, mean_length = np.mean(self.episodes or [(math.nan, math.nan)], axis=0)
+        sps = (step - self.first_step) / (time.time() - self.start_time)
+        charts = {"mean_return_100": mean_return, "mean_length_100": mean_length, "SPS": sps}
+        self.write("metrics.csv", step, metrics | {f"charts/{name}": value for name, value in charts.items()})
+        live, left = os.isatty(1), max(self.args.total_timesteps - step, 0) / sps
+        if live or time.time() - self.line_time > 30:
+            terms = "".join(f", {name[8:]} {x:.3g}" for name, x in metrics.items() if name.startswith("rewards/"))
+            line = f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.4g}{terms}, {left:.0f} s left    "
+            say(line, end="\r" if live else "\n")
+            self.line_time = time.time()
+        if time.time() - self.save_time >= self.args.checkpoint_seconds:
+            self.save()
+
+    def write(self, log, step, row, prefix=""):
+        """Adds a row to a CSV file, after a header if it is the first, and to TensorBoard."""
+        file = self.logs[log]
+        if file.tell() == 0:
+            file.write(",".join(["step", *row]) + "\n")
+        file.write(",".join([str(step), *(f"{x:.8g}" for x in row.values())]) + "\n")
+        for name, value in row.items():
+            self.writer.add_scalar(prefix + name, value, step)
+
+    def save(self):
+        """Writes the checkpoint. BrokenRun, and the last one stays, if a weight is not finite."""
+        if not all(x.isfinite().all() for x in self.parts["agent"].parameters()):
+            raise BrokenRun(f"a weight is not finite at step {self.step}")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": self.step, "episodes": list(self.episodes), "rng_state": torch.get_rng_state()}
+        state["log_sizes"] = {}
+        self.writer.flush()
+        for name, file in self.logs.items():
+            file.flush()
+            os.fsync(file.fileno())
+            state["log_sizes"][name] = file.tell()
+        write_atomically(self.dir / "checkpoint.pt", state)
+        self.save_time = time.time()
+
+    def finish(self, step):
+        """Saves the last checkpoint and, if the run is complete, agent.pt; returns the folder."""
+        self.step = step
+        self.save()
+        if self.step < self.args.total_timesteps:
+            raise SystemExit(self.stop_message())
+        write_atomically(self.dir / "agent.pt", {"agent": self.parts["agent"].state_dict()})
+        say(f"complete at step {self.step}; to see it: python enjoy.py {shlex.quote(str(self.dir))} --video")
+        return str(self.dir)
+
+    def stop_message(self):
+        command = shlex.join([sys.executable, os.path.abspath(__file__), "--resume", str(self.dir.resolve())])
+        return f"stopped at step {self.step}; go on with: {command}"
+
+
+class Follower(Run):
+    """For the other processes of torchrun: the first alone writes, and says when to stop."""
+
+    def load(self):
+        if self.args.resume is not None:
+            _, self.saved = load_run(self.args.resume, "checkpoint.pt")
+            self.step = self.saved["step"]
+
+    def begin(self, **parts):
+        for name, part in parts.items() if self.saved else ():
+            part.load_state_dict(self.saved[name])
+        seed = np.random.SeedSequence([self.args.seed, self.step, RANK]).generate_state(1)
+        torch.manual_seed(int(seed[0]))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self.callback(signal.signal, number, signal.signal(number, self.request_stop))
+
+    def log(self, step, episodes, metrics):
+        pass
+
+    def finish(self, step):
+        pass
+
+
+def say(text, end="\n"):
+    """Prints a line; a reader that went away (as in `| head`) does not end the run."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def write_atomically(path, content):
+    """Writes bytes, or a dict as torch.save does, so that path never holds half a file."""
+    if isinstance(content, dict):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getbuffer()
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut could leave the new name without the content
+    os.replace(temporary, path)
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0]}"
+
+
+def load_run(run_dir, name):
+    """The settings of a run, read strictly, and one of its checkpoints; BadInput if they are missing or damaged."""
+    try:
+        about = json.loads(Path(run_dir, "args.json").read_bytes())
+        if (about["script"], about.get("format")) != (SCRIPT, FORMAT):
+            raise ValueError(f"it was made by another script or version, {about['script']}.py")
+        if missing := vars(Args()).keys() - about["args"].keys():
+            raise ValueError(f"args.json lacks {', '.join(sorted(missing))}")
+        args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
+        if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
+            raise ValueError(f"{name} is damaged")
+        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
+        if missing := CONTENTS[name] - set(checkpoint):
+            raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+        return args, checkpoint
+    except Exception as error:  # damaged files raise many kinds
+        raise BadInput(f"cannot use the run {run_dir}: {one_line(error)}") from None
+
+
+def gather(x):
+    """x of every process, in their order."""
+    parts = [x] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(parts, x)
+    return parts
+
+
+def average(x):
+    """The mean of a tensor over all processes, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x)
+        x /= WORLD_SIZE
+    return x
+
+
+def set_up_torch(args):
+    """Precision and devices; BadInput if the machine lacks what the settings need."""
+    if args.device == "cuda" and (count := torch.cuda.device_count()) < LOCAL_WORLD_SIZE:
+        raise BadInput(f"--device cuda needs a GPU per process, and PyTorch finds {count}: add --device cpu")
+    can = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
+    if args.compile and not can:
+        raise BadInput("--compile needs a C++ compiler and Python.h: add --no-compile")
     # Large tensors in huge pages, which are quick to map (Linux). PyTorch reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    checkpoint = None
-    if args.resume is not None:
-        asked, run_dir = args, Path(args.resume)
-        args, checkpoint = load_run(run_dir, "checkpoint.pt")
-        args.device, args.compile, args.cuda_graphs = asked.device, asked.compile, asked.cuda_graphs
-        if checkpoint["step"] >= args.total_timesteps and (run_dir / "evaluation.json").exists():
-            raise BadInput(f"{run_dir} is complete: to train on, raise total_timesteps in its args.json")
-        check_same_settings(asked, args)
-    check_args(args)
-    if args.track:
-        import wandb
-
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-            raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
-    step = checkpoint["step"] if checkpoint else 0
-    num_steps, num_envs, device = args.num_steps, args.num_envs // WORLD_SIZE, args.device
-    envs, obs_space, action_space = make_envs(args, num_envs, (args.seed + step + RANK * num_envs) % 2**31)
-    on_gpu = device == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(LOCAL_RANK)
-    if WORLD_SIZE > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     # oneDNN's products on a CPU, TF32 on a GPU. On a CPU with bfloat16 that would be bfloat16, unless it is asked for.
-    medium = on_gpu or args.bf16 or not torch.cpu._is_avx512_bf16_supported()
+    medium = args.device == "cuda" or args.bf16 or not torch.cpu._is_avx512_bf16_supported()
     torch.set_float32_matmul_precision("medium" if medium else "highest")
-    torch.manual_seed(args.seed)
-    agent = Agent(obs_space.shape[0], action_space.n, args).to(device)
-
-    # All parameters are views of one vector, so that averaging, clipping and Adam are one operation each.
-    parameters = list(agent.parameters())
-    flat = nn.utils.parameters_to_vector(parameters).detach()
-    nn.utils.vector_to_parameters(flat, parameters)
-    learning_rate = torch.tensor(args.learning_rate, device=device)
-    optimizer = torch.optim.Adam([flat], lr=learning_rate, eps=1e-5, fused=True)
-    if checkpoint:
-        load_agent(agent, checkpoint, run_dir)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["lr"] = learning_rate
-        torch.set_rng_state(checkpoint["rng_state"])
-    if RANK:
-        torch.manual_seed(args.seed + step + RANK)
-    loss_function = minibatch_loss
-    if args.compile:
-        mode = "reduce-overhead" if args.cuda_graphs else "default"
-        loss_function = torch.compile(minibatch_loss, fullgraph=True, mode=mode)
-
-    if RANK == 0:
-        if not checkpoint:
-            run_dir = make_run_dir(args)
-            (run_dir / "episodes.csv").write_text("step,return,length\n")
-            (run_dir / "metrics.csv").touch()
-        for name in ("agent.pt", "evaluation.json"):  # of a run that was complete, and goes on
-            (run_dir / name).unlink(missing_ok=True)
-        if args.track:
-            settings = dict(config=dataclasses.asdict(args), dir=run_dir, id=run_dir.name, name=run_dir.name)
-            wandb.init(project=args.wandb_project, resume="allow", sync_tensorboard=True, **settings)
-        trim(run_dir / "episodes.csv", step)
-        trim(run_dir / "metrics.csv", step)
-        episodes_file, metrics_file = (run_dir / "episodes.csv").open("a"), (run_dir / "metrics.csv").open("a")
-        writer = SummaryWriter(run_dir, purge_step=step + 1)
-        writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in dataclasses.asdict(args).items()))
-        print(f"{SCRIPT} on {args.env_id}, seed {args.seed}, {device} x {WORLD_SIZE}: {run_dir}", flush=True)
-        kept = f"go on with: python {SCRIPT}.py --resume {run_dir}"
-
-    def save_checkpoint():
-        writer.flush()
-        state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict()}
-        state |= {"optimizer": optimizer.state_dict(), "rng_state": torch.get_rng_state()}
-        state["recent_returns"] = list(map(float, recent_returns))
-        write_atomically(run_dir / "checkpoint.pt", to_bytes(state))
-
-    recent_returns = deque(checkpoint["recent_returns"] if checkpoint else (), maxlen=100)
-    if RANK == 0 and not checkpoint:
-        save_checkpoint()
-    shape = num_steps, num_envs
-    channels, height, width = obs_space.shape
-    # The frames of one step wait here, page-locked for a GPU, so that their transfer need not wait for anything.
-    staging = torch.empty(num_envs, channels, height, width, dtype=torch.uint8, pin_memory=on_gpu)
-    obs = torch.empty(num_steps, num_envs, height, width, channels, dtype=torch.uint8, device=device)
-    actions = torch.zeros(shape, dtype=torch.int64, device=device)
-    rewards, scores, valid = np.zeros(shape, np.float32), np.zeros(shape), np.zeros(shape, bool)
-    terminated, truncated, game_over = np.zeros_like(valid), np.zeros_like(valid), np.zeros_like(valid)
-    next_obs, _ = envs.reset()
-    done = np.zeros(num_envs, bool)
-    episode_return, episode_length = np.zeros((2, args.num_envs))
-    iteration, first_step, start_time, last_line, stop = 0, step, time.time(), time.time(), False
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=RANK > 0 or not sys.stderr.isatty())
-
-    while step < args.total_timesteps and not stop:
-        iteration += 1
-        if args.lr_schedule == "linear":
-            learning_rate.fill_(args.learning_rate * (1 - step / args.total_timesteps))
-
-        rollout_start, simulation_seconds, outputs = time.perf_counter(), 0.0, []
-        with torch.inference_mode():
-            noise = -torch.empty(*shape, action_space.n).exponential_().log().to(device)  # Gumbel
-            for t in range(num_steps):
-                valid[t] = ~done  # the step after an episode's end is a dummy that only resets the simulator
-                staging.copy_(torch.from_numpy(next_obs))
-                obs[t] = to_frames(staging.to(device, non_blocking=True))  # the device rearranges them
-                outputs.append(agent(obs[t]))
-                actions[t] = (outputs[-1]["logits"] + noise[t]).argmax(-1)
-                action = actions[t].cpu().numpy()
-                simulation_start = time.perf_counter()
-                next_obs, rewards[t], terminated[t], truncated[t], info = envs.step(action)
-                simulation_seconds += time.perf_counter() - simulation_start
-                scores[t], game_over[t] = info["reward"], info["terminated"].astype(bool) | truncated[t]
-                done = terminated[t] | truncated[t]
-            outputs.append(agent(to_frames(torch.from_numpy(next_obs).to(device))))
-        update_start = time.perf_counter()
-
-        all_scores, all_valid, all_over = gather(np.stack([scores, valid, game_over]))
-        steps = step + all_valid.sum(1).cumsum().astype(int)  # real transitions up to each row
-        step = int(steps[-1])
-        rows_per_rank = all_valid.reshape(num_steps, WORLD_SIZE, num_envs).sum((0, 2))
-        return_sums, length_sums = all_scores.cumsum(0), all_valid.cumsum(0)
-        for t, n in zip(*all_over.nonzero()):
-            episode = episode_return[n] + return_sums[t, n], int(episode_length[n] + length_sums[t, n])
-            episode_return[n], episode_length[n] = -return_sums[t, n], -length_sums[t, n]
-            recent_returns.append(episode[0])
-            if RANK == 0:
-                episodes_file.write(f"{steps[t]},{episode[0]:.8g},{episode[1]}\n")
-                writer.add_scalar("charts/episodic_return", episode[0], steps[t])
-                writer.add_scalar("charts/episodic_length", episode[1], steps[t])
-        episode_return, episode_length = episode_return + return_sums[-1], episode_length + length_sums[-1]
-        if rows_per_rank.min() == 0:
-            continue
-
-        with torch.no_grad():
-            batch = {name: torch.stack([x[name] for x in outputs]) for name in outputs[0]}
-            values = batch["values"].cpu()
-            advantages, returns = compute_gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
-            batch = {name: x[:-1] for name, x in batch.items()}
-            batch |= dict(obs=obs, actions=actions, log_probs=log_prob(batch["logits"], actions))
-            batch |= dict(advantages=advantages.to(device), returns=returns.to(device))
-            batch = {name: x.flatten(0, 1) for name, x in batch.items()}
-
-        rows = torch.from_numpy(valid.ravel()).nonzero().squeeze(-1)
-        size = args.minibatch_size // WORLD_SIZE
-        minibatches = math.ceil(rows_per_rank.max() / size)
-        # The last minibatch is topped up from the front of the permutation: all have one size, so one graph serves all.
-        places = torch.arange(minibatches * size) % len(rows)
-        order = torch.stack([rows[torch.randperm(len(rows))][places] for _ in range(args.update_epochs)])
-        order = order.view(args.update_epochs, minibatches, size).to(device)
-        moments = minibatch_moments(batch["advantages"][order])
-        updates, totals = 0, 0
-        for epoch in range(args.update_epochs):
-            for indices, x in zip(order[epoch], moments[epoch]):
-                flat.grad, stats, names = minibatch_gradient(loss_function, agent, parameters, batch, indices, x, args)
-                optimizer.step()
-                updates, totals = updates + 1, totals + stats
-            if args.target_kl and stats[names.index("losses/approx_kl")] > args.target_kl:
-                break
-        metrics = dict(zip(names, (totals / updates).tolist()))
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise SystemExit(f"error: {name} is {value} at step {step}; {kept}" if RANK == 0 else 1)
-
-        with torch.no_grad():
-            batch = {name: x.index_select(0, order[-1, 0]) for name, x in batch.items()}
-            ratio = (log_prob(agent(batch["obs"])["logits"], batch["actions"]) - batch["log_probs"]).exp()
-            metrics |= ratio_statistics(ratio, *ratio_bounds(args))
-            metrics |= improvement_bound(ratio, batch, args)
-            unexplained = advantages[valid].var() / returns[valid].var()
-        mean_return = np.mean(recent_returns) if recent_returns else math.nan
-        sps = (step - first_step) / (time.time() - start_time)
-        metrics |= {
-            "losses/explained_variance": 1 - unexplained.item(),
-            "charts/mean_return_100": mean_return,
-            "charts/learning_rate": learning_rate.item(),
-            "charts/SPS": sps,
-            "time/rollout": update_start - rollout_start,
-            "time/simulation": simulation_seconds,
-            "time/update": time.perf_counter() - update_start,
-        }
-        # One vector for all processes: the means of their metrics, and whether one of them is to stop.
-        *means, stop = (sum_over_ranks(torch.tensor([*metrics.values(), len(STOP)])) / WORLD_SIZE).tolist()
-        if RANK:
-            continue
-        metrics = dict(zip(metrics, means))
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        if metrics_file.tell() == 0:
-            metrics_file.write(",".join(["step", *metrics]) + "\n")
-        metrics_file.write(",".join([str(step), *(f"{value:.6g}" for value in metrics.values())]) + "\n")
-        episodes_file.flush()
-        metrics_file.flush()
-
-        bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-        bar.update(min(step, args.total_timesteps) - bar.n)
-        if bar.disable and (time.time() - last_line > 30 or step >= args.total_timesteps):
-            last_line, left = time.time(), max(args.total_timesteps - step, 0) / sps
-            print(f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.1f}, {left:.0f} s left", flush=True)
-        if iteration % args.checkpoint_interval == 0:
-            save_checkpoint()
-
-    if RANK == 0:
-        save_checkpoint()
-    bar.close()
-    envs.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if RANK:
-        return
-    episodes_file.close()
-    metrics_file.close()
-    if step < args.total_timesteps:
-        writer.close()
-        raise SystemExit(f"stopped at step {step}; {kept}")
-    state = {"script": SCRIPT, "env_id": args.env_id, "agent": agent.state_dict()}
-    write_atomically(run_dir / "agent.pt", to_bytes(state))
-    for name, result in report(agent, args, run_dir).items():
-        writer.add_scalar(f"evaluation/{name}_return", result["mean"], step)
-    writer.close()
-    if args.track:
-        wandb.finish()
-    if args.capture_video:
-        film(agent, args, run_dir / "videos")
-    return str(run_dir)
+    if args.device == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
 
 
-def request_stop(number, _):
-    STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)
+def make_buffers(args):
+    """Room for a rollout's frames [T, N, H, W, C], and for those of a step [N, C, H, W], page-locked for a GPU."""
+    num_envs, on_gpu = args.num_envs // WORLD_SIZE, args.device == "cuda"
+    try:
+        frames = torch.empty(args.num_steps, num_envs, 84, 84, 4, dtype=torch.uint8, device=args.device)
+    except RuntimeError:
+        size = args.num_steps * num_envs * 84 * 84 * 4 / 1e9
+        raise BadInput(f"no memory for a rollout's frames, {size:.0f} GB: lower --num-steps or --num-envs") from None
+    return frames, torch.empty(num_envs, 4, 84, 84, dtype=torch.uint8, pin_memory=on_gpu)
 
 
-def main(args):
-    """Trains an agent, or evaluates that of an earlier run."""
-    if args.resume is not None and args.evaluate is not None:
-        raise BadInput("--resume and --evaluate exclude each other: pass one of them")
-    if args.evaluate is None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, request_stop)
-        run_dir = train(args)
-        if RANK:
-            os._exit(0)  # an orderly exit has been seen to abort, while threads of the libraries were still ending
-        return run_dir
-    run_dir = Path(args.evaluate)
-    run_args, checkpoint = load_run(run_dir, "agent.pt" if (run_dir / "agent.pt").exists() else "checkpoint.pt")
-    run_args = dataclasses.replace(run_args, eval_episodes=args.eval_episodes, capture_video=args.capture_video)
-    run_args.device, run_args.compile, run_args.cuda_graphs = args.device, args.compile, args.cuda_graphs
-    check_same_settings(args, run_args)
-    check_args(run_args)
-    torch.manual_seed(run_args.seed)
-    envs, obs_space, action_space = make_envs(run_args, 1, run_args.seed)
-    envs.close()
-    agent = Agent(obs_space.shape[0], action_space.n, run_args)
-    load_agent(agent, checkpoint, run_dir)
-    report(agent.to(run_args.device), run_args, run_dir)
-    if args.capture_video:
-        film(agent, run_args, run_dir / "videos")
+def compiled(function, args):
+    """torch.compile, if that was asked for."""
+    if not args.compile:
+        return function
+    return torch.compile(function, fullgraph=True, mode="reduce-overhead" if args.cuda_graphs else "default")
+
+
+def read_args(words):
+    """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
+    os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
+    if any(word.startswith(("--evaluate", "--capture")) for word in words):
+        raise BadInput("to evaluate and film a run: python enjoy.py RUN_DIR --video")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    run_dir = parser.parse_known_args(words)[0].resume
+    if run_dir is None:
+        return tyro.cli(Args, args=words)
+    saved = dataclasses.replace(load_run(run_dir, "checkpoint.pt")[0], resume=run_dir)
+    args = tyro.cli(Args, args=words, default=saved)
+    for name, value in vars(saved).items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            raise BadInput(f"a run keeps its settings: leave out --{name.replace('_', '-')}")
+    return args
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
-    except BadInput as error:
+        with redirect_stderr(open(os.devnull, "w") if RANK else sys.stderr):  # one process says what is wrong
+            args = read_args(sys.argv[1:])
+        train(args)
+        if RANK:
+            os._exit(0)  # an orderly exit has been seen to abort, while threads of the libraries were still ending
+    except (BadInput, Timeout) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        sys.exit(f"error: cannot go on: {error}")
+    except BrokenRun as error:
+        sys.exit(f"error: {error}. The last good checkpoint is kept; resumed with the same settings it ends here again")
+    except (OSError, MemoryError, RuntimeError) as error:
+        known = "(allocate|out of) memory|Connection (closed|reset)"  # the latter: another process has ended
+        if isinstance(error, RuntimeError) and not re.search(known, str(error)):
+            raise
+        sys.exit(f"error: {error}")
