@@ -279,7 +279,7 @@ class Agent(nn.Module):
 # --- the environment
 
 
-def make_envs(args, num_envs, key):
+def make_envs(args, num_envs, key, render=False):
     """Games with seeds drawn from key, their observation and action space; BadInput if there is no such game.
 
     They reset on the step after the one that ended an episode. For learning a lost life ends one and rewards are -1, 0
@@ -295,7 +295,8 @@ def make_envs(args, num_envs, key):
     gym.logger.min_level = gym.logger.ERROR
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     sizes = dict(num_envs=num_envs, num_threads=max(1, min(num_envs, cores // LOCAL_WORLD_SIZE)))
-    envs = envpool.make(name, env_type="gymnasium", seed=seeds, episodic_life=True, reward_clip=True, **sizes)
+    options = dict(episodic_life=True, reward_clip=True, render_mode="rgb_array" if render else None)
+    envs = envpool.make(name, env_type="gymnasium", seed=seeds, **options, **sizes)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
     return envs, envs.observation_space, envs.action_space
 

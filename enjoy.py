@@ -33,11 +33,17 @@ import tyro
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
+import bpo_atari_envpool
 import bpo_continuous_action
+import bpo_locomotion
+import ppo_atari_envpool
 import ppo_continuous_action
+import ppo_locomotion
 from bpo_continuous_action import BadInput, one_line, say
 
-SCRIPTS = {x.SCRIPT: x for x in (bpo_continuous_action, ppo_continuous_action)}  # nothing else is ever imported
+CONTROL, ATARI = (bpo_continuous_action, ppo_continuous_action), (bpo_atari_envpool, ppo_atari_envpool)
+ROBOTS = bpo_locomotion, ppo_locomotion
+SCRIPTS = {x.SCRIPT: x for x in CONTROL + ATARI + ROBOTS}  # nothing else is ever imported
 
 
 @dataclass(config=dict(extra="forbid", hide_input_in_errors=True))
@@ -51,75 +57,95 @@ class Options:
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """seed of simulators and sampled actions; default: the run's own"""
     stochastic: bool = False
-    """sample actions, as training does, not the policy's mean"""
+    """sample actions, as training does, not the most probable ones"""
     env_id: str | None = None
     """another task with the same observation and action sizes"""
     video: bool = False
-    """film an episode, played in Gymnasium's version of the task"""
+    """film an episode: in Gymnasium's version of the task, of Atari games and legged robots in their simulator"""
     max_steps: PositiveInt = 10_000
     """episodes are cut after so many steps"""
+    export: bool = False
+    """of a legged robot: write its policy to RUN_DIR/policy.pt2 (torch.export), which needs no file of ours"""
 
 
 def load_agent(run_dir):
     """A run's policy, a function: obs[..., O] -> action[..., A], arrays. ValueError if there is none."""
-    return functools.partial(act, load(run_dir).agent)
+    run = load(run_dir)
+    envs, *spaces = run.script.make_envs(run.args, 1, 0)
+    agent = make_agent(run, envs, *spaces)
+    envs.close()
+    return functools.partial(act, agent)
 
 
 @torch.no_grad()
 def act(agent, obs, stochastic=False):
     """obs[..., O] -> action[..., A] as the simulator takes it, arrays"""
-    action = agent.policy(agent.normalize(torch.as_tensor(obs, dtype=torch.float32)))
-    if stochastic:
-        action = action + agent.log_std.exp() * torch.randn_like(action)
-    return agent.to_env(action)
+    policy = agent(agent.normalize(torch.as_tensor(obs, dtype=torch.float32)))
+    return np.asarray(agent.to_env(policy.sample() if stochastic else policy.mode))
 
 
 def load(run_dir):
-    """A run: dir, script (a module), args, agent and that one's file and step; BadInput if damaged."""
+    """A run: dir, script (a module), args, the agent's weights and their file and step; BadInput if damaged."""
     try:
         name = json.loads(Path(run_dir, "args.json").read_bytes())["script"]
     except Exception as error:  # damaged files raise many kinds
         raise BadInput(f"{run_dir} is no run: {one_line(error)}") from None
     if not isinstance(name, str) or name not in SCRIPTS:
-        raise BadInput(f"{run_dir} is a run of {name!r:.50}, not of {' or '.join(SCRIPTS)}")
+        raise BadInput(f"{run_dir} is a run of {name!r:.50}, not of {', '.join(SCRIPTS)}")
     script, file = SCRIPTS[name], "agent.pt" if Path(run_dir, "agent.pt").exists() else "checkpoint.pt"
     args, checkpoint = script.load_run(run_dir, file)
-    try:
-        state = checkpoint["agent"]
-        agent = script.Agent(len(state["obs_stats.mean"]), *state["action_map"][2:], args)
-        agent.load_state_dict(state)
-    except Exception:
-        raise BadInput(f"{file} of {run_dir} does not fit its args.json") from None
+    if script not in CONTROL:
+        args.device = "cpu"
     step = checkpoint.get("step", "")  # agent.pt has none
-    return SimpleNamespace(dir=run_dir, script=script, args=args, agent=agent, file=file, step=step)
+    return SimpleNamespace(dir=run_dir, script=script, args=args, weights=checkpoint["agent"], file=file, step=step)
+
+
+def make_agent(run, envs, obs_space, action_space):
+    """The agent for a task of these sizes, with the run's weights; BadInput if they do not fit."""
+    sizes = [obs_space.shape[0], *([envs.privileged_size] if run.script in ROBOTS else [])]
+    sizes += [action_space.n] if run.script in ATARI else [action_space.low, action_space.high]
+    try:
+        agent = run.script.Agent(*sizes, run.args)
+        agent.load_state_dict(run.weights)
+    except Exception:
+        task = f"{run.args.env_id}, which observes {obs_space} and is acted on by {action_space}"
+        raise BadInput(f"{run.file} of {run.dir} does not fit its args.json or {task}") from None
+    return agent
 
 
 def check(run_dir, options):
-    """The run on its task, or another one; BadInput if it cannot be played, or filmed, there."""
+    """The run, with its agent, on its task or another one; BadInput if it cannot be played, or filmed, there."""
     run = load(run_dir)
     run.args.env_id = options.env_id or run.args.env_id
     envs, *spaces = run.script.make_envs(run.args, 1, 0)
+    run.agent = make_agent(run, envs, *spaces)
     envs.close()
+    if options.export and run.script not in ROBOTS:
+        raise BadInput(f"--export is for legged robots, and {run_dir} is none: load_agent() serves it from Python")
     if options.video:
-        camera = open_camera(run.args.env_id)
-        spaces += camera.observation_space, camera.action_space
+        camera, _ = open_camera(run, 0)
+        if run.script in CONTROL:  # Gymnasium's version of the task
+            make_agent(run, camera, camera.observation_space, camera.action_space)
         camera.close()  # two at a time leave one of them black
-    sizes = [(len(run.agent.obs_stats.mean),), (len(run.agent.log_std),)]
-    if (found := [x.shape for x in spaces]) not in (sizes, 2 * sizes):
-        raise BadInput(f"{run.args.env_id} observes and acts in sizes {found[-2:]}, {run_dir} in {sizes}")
     return run
 
 
-def open_camera(env_id):
-    """The task in Gymnasium, which has rendered a frame; else BadInput, which says what to install."""
+def open_camera(run, seed):
+    """A simulator that has rendered a frame, and its steps per second; else BadInput, which says what to install."""
+    env_id = run.args.env_id
     try:
         import imageio_ffmpeg  # noqa: F401, which writes the film
 
-        robot = str(gym.spec(env_id).entry_point).startswith("gymnasium.envs.mujoco")
-        follow = {"camera_name": "track"} if robot else {}  # else Gymnasium 1.4.0 lets robots leave the picture
-        env = gym.make(env_id, render_mode="rgb_array", **follow)
-        env.reset()
-        if np.ndim(env.render()) != 3:
+        if run.script in CONTROL:
+            robot = str(gym.spec(env_id).entry_point).startswith("gymnasium.envs.mujoco")
+            follow = {"camera_name": "track"} if robot else {}  # else Gymnasium 1.4.0 lets robots leave the picture
+            env = gym.make(env_id, render_mode="rgb_array", **follow)
+            fps = env.metadata.get("render_fps", 30)
+        else:
+            env, *_ = run.script.make_envs(run.args, 1, [seed, 2**64], render=True)
+            fps = getattr(env, "fps", 15)  # Atari: four of 60 frames per step
+        env.reset(**({"seed": seed} if run.script in CONTROL else {}))
+        if np.ndim(picture(env)) != 3:
             raise ValueError("it renders no picture")
     except gym.error.UnregisteredEnv:
         raise BadInput(f"cannot film {env_id}: only EnvPool has this task, Gymnasium has not") from None
@@ -127,7 +153,13 @@ def open_camera(env_id):
         sys.unraisablehook = lambda _: None  # silences half-made viewers
         need = 'MuJoCo needs EGL (apt-get install libegl1 libgl1), others pip install "gymnasium[box2d]"'
         raise BadInput(f"cannot film {env_id}: {one_line(error)}. {need}") from None
-    return env
+    return env, fps
+
+
+def picture(env):
+    """The next frame of a film, [H, W, 3]; some simulators give one per environment."""
+    frame = np.asarray(env.render())
+    return frame[0] if frame.ndim == 4 else frame
 
 
 class LiveLine:
@@ -142,44 +174,74 @@ class LiveLine:
             self.time = time.time()
 
 
-def evaluate(policy, envs, max_steps):
+def take_step(run, env, action):
+    """Gymnasium's step, without the info: obs, rewards and whether the episode is over."""
+    obs, rewards, terminated, truncated, info = env.step(torch.as_tensor(action) if run.script in ROBOTS else action)
+    if run.script in ATARI:  # a game goes on after a lost life, and has its own reward
+        rewards, terminated = info["reward"], info["terminated"].astype(bool)
+    return obs, np.asarray(rewards), np.asarray(terminated | truncated)
+
+
+def evaluate(run, policy, envs, max_steps):
     """Plays one episode in each environment, or max_steps of it: the returns [N] and how many were cut."""
     obs, _ = envs.reset()
     returns, running, step, show = np.zeros(len(obs)), np.ones(len(obs), bool), 0, LiveLine()
     while running.any() and step < max_steps:
-        obs, rewards, terminated, truncated, _ = envs.step(policy(obs))
+        obs, rewards, over = take_step(run, envs, policy(obs))
         returns[running] += rewards[running]
-        running &= ~(terminated | truncated)
+        running &= ~over
         step += 1
         show(f"step {step}, {(~running).sum()} of {len(obs)} episodes finished")
     return returns, int(running.sum())
 
 
-def film(policy, run, seed, max_steps):
+def film(run, policy, seed, max_steps):
     """Films an episode into a new file, with about 30 frames per simulated second."""
-    env, folder, show = open_camera(run.args.env_id), Path(run.dir, "videos"), LiveLine()
+    (env, fps), folder, show = open_camera(run, seed), Path(run.dir, "videos"), LiveLine()
     folder.mkdir(exist_ok=True)
     path = folder / re.sub(r"[^\w.-]", "-", f"{run.args.env_id}__{time.time():.6f}.mp4")
-    fps, total, step, over = env.metadata.get("render_fps", 30), 0.0, 0, False
-    every, (obs, _) = max(1, round(fps / 30)), env.reset(seed=seed)
-    with imageio.get_writer(path, fps=fps / every, macro_block_size=2) as video:
+    unfinished = path.with_suffix(".unfinished.mp4")  # what Ctrl-C leaves cannot be played
+    total, step, over, every = 0.0, 0, False, max(1, round(fps / 30))
+    obs, _ = env.reset(**({"seed": seed} if run.script in CONTROL else {}))
+    with imageio.get_writer(unfinished, fps=fps / every, macro_block_size=2) as video:
         while not over and step < max_steps:
             if step % every == 0:
-                video.append_data(env.render())
-            obs, reward, terminated, truncated, _ = env.step(policy(obs))
-            total, step, over = total + reward, step + 1, terminated or truncated
+                video.append_data(picture(env))
+            obs, reward, over = take_step(run, env, policy(obs))
+            total, step = total + reward.item(), step + 1
             show(f"filming, step {step}")
     env.close()
+    unfinished.rename(path)
     say(f"film of {step} steps, return {total:.5g}: {path}")
 
 
+class Deterministic(torch.nn.Module):
+    """The most probable action, with the normaliser and the bounds of actions: obs[N, O] -> action[N, A]"""
+
+    def __init__(self, agent):
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, obs):
+        return self.agent.to_env(self.agent(self.agent.normalize(obs)).mode)
+
+
+def export(run):
+    """Writes policy.pt2 into the run's folder: torch.export.load(path).module() maps obs[N, O] to action[N, A]."""
+    example = torch.zeros(2, len(run.agent.obs_stats.mean))
+    sizes = {"obs": {0: torch.export.Dim("N")}}
+    program = torch.export.export(Deterministic(run.agent), (example,), dynamic_shapes=sizes)
+    torch.export.save(program, path := Path(run.dir, "policy.pt2"))
+    say(f"policy: {path}; torch.export.load(path).module() maps observations {list(example.shape[1:])} to actions")
+
+
 def play(run, options):
-    """Evaluates a run, prints and records the result; films it on demand."""
+    """Evaluates a run, prints and records the result; films and exports it on demand."""
     seed = run.args.seed if options.seed is None else options.seed
     torch.manual_seed(seed)
     policy = functools.partial(act, run.agent, stochastic=options.stochastic)
     envs, *_ = run.script.make_envs(run.args, options.episodes, [seed, 2**64])  # training: [seed, step], step < 2**64
-    returns, cut = evaluate(policy, envs, options.max_steps)
+    returns, cut = evaluate(run, policy, envs, options.max_steps)
     envs.close()
     result = f"return {returns.mean():.5g} +- {returns.std():.5g} over {len(returns)} episodes"
     source = f"{run.file} of step {run.step}" if run.step != "" else run.file
@@ -190,7 +252,9 @@ def play(run, options):
     row |= dict(seed=seed, episodes=len(returns), stochastic=options.stochastic, max_steps=options.max_steps, cut=cut)
     record(run, row | {name: f"{getattr(returns, name)():.8g}" for name in ("mean", "std", "min", "max")})
     if options.video:
-        film(policy, run, seed, options.max_steps)
+        film(run, policy, seed, options.max_steps)
+    if options.export:
+        export(run)
 
 
 def record(run, row):

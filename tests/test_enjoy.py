@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -18,9 +20,12 @@ import probe_envs
 import pytest
 import torch
 
+import bpo_atari_envpool as bpo_atari
 import bpo_continuous_action as bpo
 import enjoy
+import ppo_atari_envpool as ppo_atari
 import ppo_continuous_action as ppo
+import ppo_locomotion
 
 TINY = dict(env_backend="gymnasium", compile=False, num_steps=64, hidden_size=16, total_timesteps=256, update_epochs=1)
 NAMES = {"bpo": bpo, "ppo": ppo}
@@ -191,7 +196,7 @@ def test_only_the_first_episode_of_each_environment_counts(run):
     folder = run("OneOrNine-v0")
     args, _ = bpo.load_run(folder, "agent.pt")
     envs, *_ = bpo.make_envs(args, 40, 7)
-    returns, cut = enjoy.evaluate(enjoy.load_agent(folder), envs, 100)
+    returns, cut = enjoy.evaluate(enjoy.load(folder), enjoy.load_agent(folder), envs, 100)
     assert set(returns) == {1, 9} and cut == 0
     play(folder, "--episodes", 40)
     (row,) = rows(folder)
@@ -301,14 +306,14 @@ def test_the_camera_follows_the_robot(monkeypatch):
         pytest.skip("there is no EGL")
     brown = []
     for x in (0, 10):  # two cameras, one after the other: neither may be black
-        env = enjoy.open_camera("Hopper-v4")
+        env, fps = enjoy.open_camera(SimpleNamespace(script=bpo, args=bpo.Args()), 0)
         env.reset(seed=0)
         env.unwrapped.set_state(env.unwrapped.init_qpos + [x, 0, 0, 0, 0, 0], env.unwrapped.init_qvel)
         red, _, blue = env.render().astype(int).transpose(2, 0, 1)
         brown.append((red - blue > 30).sum())
         env.close()
         del env
-    assert min(brown) > 1000 and brown[0] == pytest.approx(brown[1], rel=0.2)
+    assert fps == 125 and min(brown) > 1000 and brown[0] == pytest.approx(brown[1], rel=0.2)
 
 
 @pytest.mark.parametrize("env_id", ["OneOrNine-v0", "Unpainted-v0"])
@@ -322,7 +327,7 @@ def test_what_cannot_be_filmed_is_not_played(env_id, run, capsys):
 
 def test_what_only_envpool_has_cannot_be_filmed():
     with pytest.raises(ValueError, match="cannot film HopperHop-v1: only EnvPool has this task"):
-        enjoy.open_camera("HopperHop-v1")
+        enjoy.open_camera(SimpleNamespace(script=bpo, args=bpo.Args(env_id="HopperHop-v1")), 0)
 
 
 # --- refusals
@@ -339,7 +344,7 @@ BAD_RUNS = {
     "half an args.json": (lambda x: os.truncate(x / "args.json", 50), "is no run: JSONDecodeError"),
     "a list": (lambda x: (x / "args.json").write_text("[]"), "is no run: TypeError"),
     "language model": (lambda x: write_about(x, script="gbpo_llm"), "is a run of 'gbpo_llm', not of bpo_continuous"),
-    "Atari": (lambda x: write_about(x, script="bpo_atari_envpool"), "is a run of 'bpo_atari_envpool', not of"),
+    "Atari": (lambda x: write_about(x, script="bpo_atari_envpool"), "cannot use the run"),
     "no name": (lambda x: write_about(x, script=["bpo_continuous_action"]), "is a run of ['bpo_continuous_action']"),
     "long name": (lambda x: write_about(x, script="x\n" * 1000), "is a run of 'x\\nx"),
     "sibling": (lambda x: write_about(x, script="ppo_continuous_action"), "cannot use the run"),
@@ -367,7 +372,7 @@ def test_bad_runs_are_refused_before_any_is_played(damage, message, run, capsys)
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--env-id", "Hopper-v4"], "Hopper-v4 observes and acts in sizes [(11,), (3,)], "),
+        (["--env-id", "Hopper-v4"], "does not fit its args.json or Hopper-v4, which observes Box("),
         (["--env-id", "Nowhere-v0"], "gymnasium cannot make Nowhere-v0"),
         (["--env-id", "Image-v0"], "Image-v0 has no flat Box observation"),
     ],
@@ -394,3 +399,51 @@ def test_a_run_never_names_what_is_imported(run, capsys, tmp_path, monkeypatch):
     assert "is a run of 'evil'" in refused(capsys, folder)
     with pytest.raises(ValueError, match="is a run of 'evil'"):
         enjoy.load_agent(folder)
+
+
+# --- Atari and robots
+
+
+@pytest.mark.parametrize("script", (bpo_atari, ppo_atari))
+def test_a_game_goes_on_after_a_lost_life_and_counts_its_own_reward(script, tmp_path):
+    args = script.Args(env_id="Breakout-v5", num_steps=8, total_timesteps=64, device="cpu", minibatch_size=64)
+    run = enjoy.check(script.train(dataclasses.replace(args, output_dir=str(tmp_path))), enjoy.Options(("",)))
+    torch.manual_seed(0)
+    envs, *_ = script.make_envs(args, 2, 5)
+    returns, cut = enjoy.evaluate(run, functools.partial(enjoy.act, run.agent, stochastic=True), envs, 10_000)
+    torch.manual_seed(0)
+    envs, *_ = script.make_envs(args, 2, 5)
+    (obs, _), scores, lives, over = envs.reset(), np.zeros(2), np.zeros(2), np.zeros(2, bool)
+    while not over.all():
+        obs, _, ends, _, info = envs.step(enjoy.act(run.agent, obs, stochastic=True))
+        scores, lives = scores + info["reward"] * ~over, lives + ends * ~over
+        over |= info["terminated"].astype(bool)
+    assert returns == pytest.approx(scores) and cut == 0 and (lives == 5).all() and scores.max() > 0
+
+
+def test_a_game_is_filmed_in_colour_as_the_simulator_shows_it(tmp_path):
+    args = dict(env_id="Pong-v5", num_steps=8, total_timesteps=64, device="cpu", minibatch_size=64)
+    folder = Path(bpo_atari.train(bpo_atari.Args(**args, output_dir=str(tmp_path))))
+    play(folder, "--episodes", 1, "--max-steps", 20, "--video")
+    (film,) = (folder / "videos").iterdir()
+    frames = np.stack(imageio.mimread(film))
+    assert frames.shape == (20, 210, 160, 3) and np.ptp(frames.astype(int), axis=-1).max() > 50
+
+
+@pytest.fixture
+def robot(tmp_path):
+    settings = dict(env_id="Pendulum-v1", num_envs=4, total_timesteps=200, hidden_sizes=(8,), device="cpu")
+    return Path(ppo_locomotion.train(ppo_locomotion.Args(**settings, output_dir=str(tmp_path))))
+
+
+def test_a_robot_is_played_and_its_exported_policy_acts_the_same(robot):
+    play(robot, "--episodes", 3, "--export")
+    (row,) = rows(robot)
+    assert -2000 < float(row["min"]) <= float(row["max"]) < 0 and row["cut"] == "0"
+    obs = 3 * torch.randn(5, 3)
+    actions = torch.export.load(robot / "policy.pt2").module()(obs)
+    assert actions.detach().numpy() == pytest.approx(enjoy.load_agent(robot)(obs), abs=1e-6) and actions.std() > 0
+
+
+def test_only_robots_are_exported(run, capsys):
+    assert "--export is for legged robots" in refused(capsys, run(), "--export")
