@@ -240,9 +240,16 @@ def play(run, options):
     seed = run.args.seed if options.seed is None else options.seed
     torch.manual_seed(seed)
     policy = functools.partial(act, run.agent, stochastic=options.stochastic)
-    envs, *_ = run.script.make_envs(run.args, options.episodes, [seed, 2**64])  # training: [seed, step], step < 2**64
-    returns, cut = evaluate(run, policy, envs, options.max_steps)
-    envs.close()
+    returns, cut = np.zeros(0), 0
+    while len(returns) < options.episodes:
+        size = options.episodes - len(returns)
+        if run.script in ROBOTS:  # which need much memory: as many as have fitted in training
+            size = min(size, run.args.num_envs)
+        key = [seed, 2**64 + len(returns)]  # training has [seed, step], step < 2**64
+        envs, *_ = run.script.make_envs(run.args, size, key)
+        more, cut_too = evaluate(run, policy, envs, options.max_steps)
+        returns, cut = np.append(returns, more), cut + cut_too
+        envs.close()
     result = f"return {returns.mean():.5g} +- {returns.std():.5g} over {len(returns)} episodes"
     source = f"{run.file} of step {run.step}" if run.step != "" else run.file
     how = "stochastic" if options.stochastic else "deterministic"
