@@ -39,8 +39,8 @@ MANY = 4  # groups of a task, above which curves could not be told apart
 FEW = 3  # runs of a group, up to which each is drawn in place of an interval
 KEYS = ["task", "group", "seed"]  # of a run
 SAME_GROUP = (  # settings in which runs of a group may differ: the runner's, and those that change no learning
-    "env_id seed output_dir resume evaluate eval_episodes compile cuda_graphs device checkpoint_interval exp_name "
-    "checkpoint_seconds capture_video track wandb_project wandb_project_name wandb_entity"
+    "env_id seed output_dir resume compile cuda_graphs device exp_name checkpoint_seconds track wandb_project_name "
+    "wandb_entity"
 ).split()
 # Returns that count as 1 in --aggregate: Tianshou's PPO; Swimmer: about what the paper's Table 1 has for PPO
 NORMAL = {"HalfCheetah": 5783, "Hopper": 2609, "Walker2d": 3588, "Ant": 3258, "Humanoid": 787, "Swimmer": 360}
@@ -97,17 +97,13 @@ def read_json(path):
 
 
 def read_run(folder):
-    """args.json and the tables of a run: metrics, and episodes or evaluations. Robots may be unfinished."""
+    """args.json and the tables of a run: metrics, and episodes or evaluations."""
     about = json.loads((folder / "args.json").read_text())
-    evaluated = about.get("format", 1) > 1 or (folder / "evaluation.json").exists()
-    finished = evaluated and any((folder / name).exists() for name in ("agent.pt", "model"))
-    kind, tables = about["script"].split("_")[-1], {}
-    if not finished and kind != "locomotion":
+    if not any((folder / name).exists() for name in ("agent.pt", "model")):
         raise ValueError("the run is not finished")
+    kind, tables = about["script"].split("_")[-1], {}
     for name in ["metrics", *{"locomotion": [], "llm": ["evaluations"]}.get(kind, ["episodes"])]:
-        text = (folder / f"{name}.csv").read_text()
-        text = text if finished else text[: text.rfind("\n") + 1]  # the last line may be half written
-        tables[name] = pd.read_csv(io.StringIO(text)).astype(float)
+        tables[name] = pd.read_csv(folder / f"{name}.csv").astype(float)
         if tables[name].empty:
             raise ValueError("no episode has ended" if name == "episodes" else f"{name}.csv is empty")
         if name != "metrics" and tables[name].isna().any(axis=None):
@@ -115,25 +111,19 @@ def read_run(folder):
     return about, tables
 
 
-def summarise(folder, about, tables):
+def summarise(about, tables):
     """Figures of a whole run besides its curves, those that it has: name -> number."""
     table, task = tables["metrics"], about["args"]["env_id"]
     summary = {name: table[name].mean() for name in ("ratio/out_of_bounds", "losses/kl") if name in table}
     if "theory/improvement_bound" in table:
         summary["improvement_bound_positive"] = (table["theory/improvement_bound"] > 0).mean()
-    for kind, x in read_json(folder / "evaluation.json").items():
-        summary |= {f"{kind}_{y}": x[y] for y in ("mean", "std")} if isinstance(x, dict) else {}
-    if "time/rollout" in table:
-        summary["training_seconds"] = table[["time/rollout", "time/update"]].to_numpy().sum()
-    elif "charts/SPS" in table:
+    if "charts/SPS" in table:
         summary["training_seconds"] = (table["step"] / table["charts/SPS"]).iloc[-1]
     if "episodes" in tables and task.startswith("Hopper"):  # it can stand still and collect the survival bonus
         last = tables["episodes"][-WINDOW:].mean()
         summary["caught"] = float(last["return"] < 1500 and last["length"] > 900)
     if "evaluations" in tables:
         summary["largest_ratio"] = table["ratio/max"].max()
-    elif "episodes" not in tables:
-        summary |= {"steps": table["step"].iloc[-1], "last_return": table["charts/mean_return_100"].iloc[-1]}
     return summary
 
 
@@ -254,7 +244,7 @@ def collect(args):
             stop(f"{folder} is not of a suite: give it and the runs it belongs with, no report")
         with skipping(folder):
             grid = make_grid(earlier["step"][earlier["task"] == task], interval, tables["metrics"]["step"].iloc[-1])
-            points, figures = make_curves(tables, grid), summarise(folder, about, tables)
+            points, figures = make_curves(tables, grid), summarise(about, tables)
             run = {"task": task, "group": label(folder, about, [x for _, x, _ in new]), "seed": about["args"]["seed"]}
             check_settings(folder, about, run["group"], settings.setdefault(task, {}))
             curves.append(points.assign(**run)[[*KEYS, "step", *points.columns.drop("step")]])
@@ -403,16 +393,6 @@ def seed_rows(ends):
             cell = estimate(3, less.mean(), *ttest_1samp(less, 0).confidence_interval())
             row = {"pass@1 at the end, seed by seed": f"{gbpo} less {group}", "seeds": len(less), "mean (95%)": cell}
             yield row | {"each": ", ".join(f"{x:.2f}" for x in less)}
-
-
-def run_rows(runs):
-    """Rows of a robot's runs, each as far as it went."""
-    for _, run in runs.iterrows():
-        row = {"group": f"`{run['group']}`", "seed": run["seed"], "steps": f"{run['steps']:.0f}"}
-        row["return, last 100 episodes"] = f"{run['last_return']:.1f}"
-        for x in ("deterministic", "stochastic"):
-            row[x] = f"{run.get(f'{x}_mean', np.nan):.1f} +- {run.get(f'{x}_std', np.nan):.1f}"
-        yield row | {"commit": f"`{run['commit'][:7]}{'-dirty' * run['commit'].endswith('-dirty')}`"}
 
 
 def over_tasks(ends):
@@ -566,7 +546,7 @@ def to_csv(table, digits):
 
 def make_report(tasks, summary, baseline, looks):
     """Rows of the tables by name, the picture, and ends by task, from curves by task and figures of runs."""
-    tables, ends = {name: [] for name in ("groups", "runs", "against", "pairs", "aggregate", "published")}, {}
+    tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published")}, {}
     panels = {task: sum(name in table for name in PANELS) for task, table in tasks.items()}
     groups, rng = max(table["group"].nunique() for table in tasks.values()), np.random.default_rng(0)
     picture, axes = make_figure(sum(panels.values()), groups * (groups > MANY))
@@ -574,7 +554,6 @@ def make_report(tasks, summary, baseline, looks):
         runs = summary[summary["task"] == task]
         ends[task] = group_rows(task, table, runs, baseline, tables, rng)
         tables["pairs"] += seed_rows(ends[task]) if "pass@1" in table else []
-        tables["runs"] += run_rows(runs[figure(runs, "last_return").notna()])
         draw_task(axes[: panels[task]], table, runs, looks, rng)
         axes = axes[panels[task] :]
     scores = over_tasks(ends) if len(ends) > 1 else {}

@@ -41,10 +41,9 @@ from rich.markup import escape
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNNERS = ("env_id", "seed", "output_dir", "resume", "evaluate")  # flags that the runner sets
+RUNNERS = ("env_id", "seed", "output_dir", "resume")  # flags that the runner sets
 MACHINE = ("compile", "cuda_graphs", "device")  # flags that a resumed run takes from the suite
 HARMLESS = (*MACHINE, "checkpoint_seconds", "exp_name", "track", "wandb_project_name", "wandb_entity")
-HARMLESS += ("checkpoint_interval", "capture_video", "wandb_project")  # of scripts in the old form
 os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
 
 
@@ -95,14 +94,13 @@ class Run:
     # running, stopped, complete, failed; elsewhere: another runner has it. No fields: replace() makes them new.
     state, attempts, process, lock, job = "waiting", 0, None, None, None
 
-    def folders(self, *holding):
-        """The script's run folders that hold all these files, the oldest first."""
+    def folders(self, holding=""):
+        """The script's run folders that hold this file, the oldest first."""
         found = sorted(self.folder.glob(f"*__{self.settings['seed']}__*/"))
-        return [path for path in found if all((path / name).exists() for name in holding)]
+        return [path for path in found if (path / holding).exists()]
 
     def complete(self):
-        also = [] if "checkpoint_seconds" in self.settings else ["evaluation.json"]  # the old form's last file
-        return any(self.folders(agent, *also) for agent in ("agent.pt", "model"))
+        return any(self.folders(agent) for agent in ("agent.pt", "model"))
 
     def ended(self):
         return self.state in ("complete", "failed")
@@ -245,8 +243,6 @@ def plan(suite, args):
         try:
             module = load_script(script, args.allow_script)
             flags = {} if suite.total_timesteps is None else {"total_timesteps": suite.total_timesteps}
-            if hasattr(module.Args, "checkpoint_interval"):  # the old form: kill -9 is to cost one iteration only
-                flags["checkpoint_interval"] = 1
             for part in (suite, variant):
                 flags |= part.flags | part.task_flags.get(task, {})
             parsed, default = read_flags(module.Args, flags), module.Args()
@@ -255,8 +251,6 @@ def plan(suite, args):
             check_task(module, env_id=task, **{x: y for x, y in vars(parsed).items() if x == "env_backend"})
             for seed in suite.seeds:
                 settings = dataclasses.replace(parsed, env_id=task, seed=seed)
-                if hasattr(module, "check_args"):  # the old form
-                    module.check_args(settings)
                 name = f"{label}__{task.replace('/', '-')}__{seed}"
                 if name in runs:
                     raise BadInput(f"two runs have the name {name}")
