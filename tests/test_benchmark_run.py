@@ -115,18 +115,6 @@ def main(asked):
 if __name__ == "__main__":
     main(tyro.cli(Args))
 '''
-# The form of the scripts that are not rebuilt yet.
-OLD = {
-    "from pydantic.dataclasses import": "from dataclasses import",
-    '@dataclass(config=dict(extra="forbid", hide_input_in_errors=True))': "@dataclass",
-    "rate: Annotated[float, Field(gt=0, lt=1)]": "rate: float",
-    "checkpoint_seconds: float = 0": "checkpoint_interval: int = 5",
-    '"format": 2, ': "",
-    ", FORMAT = [], 2": " = []",
-    'write(run_dir / "agent.pt", "")': 'write(run_dir / "agent.pt", ""); write(run_dir / "evaluation.json", "{}")',
-    "def write(": "def check_args(args):\n    if not 0 < args.rate < 1:\n"
-    '        raise ValueError(f"--rate must be within (0, 1), got {args.rate}")\n\n\ndef write(',
-}
 
 
 @pytest.fixture
@@ -427,10 +415,7 @@ def test_a_suite_imports_only_what_it_may(tmp_path, here):
     assert here(suite, "--dry-run", "--allow-script", foreign)[0] == 0 and (tmp_path / "imported").exists()
 
 
-@pytest.mark.parametrize("form", ["new", "old"])
-def test_run_with_other_settings_is_neither_skipped_nor_resumed(form, stub, tmp_path, here):
-    if form == "old":
-        make_old(stub)
+def test_run_with_other_settings_is_neither_skipped_nor_resumed(stub, tmp_path, here):
     out, keys = tmp_path / "runs" / "s", {"total_timesteps": 10}
     suite = stub_suite(stub, **keys)
     options = [suite, "--output-dir", out.parent, "--dry-run", *allow(suite)]
@@ -444,7 +429,7 @@ def test_run_with_other_settings_is_neither_skipped_nor_resumed(form, stub, tmp_
         stub_suite(stub, **keys | other)
         status, _, errors = here(*options)
         assert status == 2 and len(errors) == 1 and str(path.parent) in errors[0] and told in errors[0]
-    stub_suite(stub, **keys, flags={"compile": False, "checkpoint_" + ("seconds" if form == "new" else "interval"): 3})
+    stub_suite(stub, **keys, flags={"compile": False, "checkpoint_seconds": 3})
     assert here(*options)[::2] == (0, ["1 runs, 1 complete, 0 to resume, 0 to start"])
     about = json.loads(path.read_text())
     for damaged in ("", "[]", "{}", '{"args": 3, "script": "stub"}', json.dumps(about | {"format": 1})):
@@ -452,27 +437,6 @@ def test_run_with_other_settings_is_neither_skipped_nor_resumed(form, stub, tmp_
         status, _, errors = here(*options)
         assert status == 2 and len(errors) == 1 and str(path.parent) in errors[0]
         assert "format=1" in errors[0] or "a damaged args.json" in errors[0]
-
-
-def make_old(stub):
-    """Gives the stub the form of the scripts that are not rebuilt yet."""
-    text = STUB
-    for new, old in OLD.items():
-        assert new in text
-        text = text.replace(new, old)
-    stub.write_text(text)
-
-
-def test_old_form_is_complete_with_its_evaluation_only(stub, tmp_path, here):
-    make_old(stub)
-    suite, out = stub_suite(stub), tmp_path / "runs" / "s"
-    options = [suite, "--output-dir", out.parent, "--dry-run", *allow(suite)]
-    assert "--checkpoint-interval 1 " in here(*options)[1]
-    assert finish(start(suite, out))[0] == 0 and here(*options)[2] == ["1 runs, 1 complete, 0 to resume, 0 to start"]
-    next(out.glob("*/*/evaluation.json")).unlink()
-    assert here(*options)[2] == ["1 runs, 0 complete, 1 to resume, 0 to start"]
-    stub_suite(stub, flags={"rate": 1.5})
-    assert "--rate must be within (0, 1), got 1.5" in here(*options)[2][0]
 
 
 # --- crashes and kills
@@ -566,11 +530,8 @@ def test_run_killed_before_its_first_checkpoint_starts_afresh(stub, tmp_path):
 
 
 @NEEDS_PROC
-@pytest.mark.parametrize("form", ["new", "old"])
-def test_sweep_with_five_kills_equals_an_undisturbed_one(form, stub, tmp_path):
+def test_sweep_with_five_kills_equals_an_undisturbed_one(stub, tmp_path):
     """Twelve runs; kill -9 of the runner three times and of a worker twice, after fixed numbers of rows."""
-    if form == "old":
-        make_old(stub)
     suite = stub_suite(stub, tasks=["a", "b"], seeds=6, total_timesteps=200, flags={"seconds": 0.02})
     undisturbed, out = tmp_path / "undisturbed" / "s", tmp_path / "disturbed" / "s"
     assert finish(start(suite, undisturbed, "--workers", 3))[0] == 0
