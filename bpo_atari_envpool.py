@@ -63,7 +63,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 
 @dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
 class Args:
-    env_id: str = "Breakout-v5"  # one of EnvPool's games; PongNoFrameskip-v4 is another name of Pong-v5
+    env_id: str = "Breakout-v5"  # a game of EnvPool's; PongNoFrameskip-v4 is Pong-v5, too
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of simulators, initial weights, actions and minibatches
     total_timesteps: PositiveInt = 10_000_000  # environment steps, all environments together; a step is four frames
     num_envs: Size = 8  # environments in parallel, N, all processes together
@@ -91,9 +91,9 @@ class Args:
     ent_coef: NonNegative = 0.001  # weight of the entropy bonus
     max_grad_norm: Positive = 0.5  # largest norm of the gradient over all networks
     heads: Literal["linear", "mlp"] = "linear"  # of policy and value; mlp: with a hidden layer (authors' code)
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # of the network and the frames
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # of network and frames
     bf16: bool = False  # compute the trunk in bfloat16: for GPUs and for processors with avx512_bf16 or AMX
-    compile: bool = False  # torch.compile the loss: for GPUs, does not pay on a CPU
+    compile: bool = False  # torch.compile the loss: does not pay on a CPU
     cuda_graphs: bool = False  # replay the compiled loss and its gradient as CUDA graphs
     exp_name: str = SCRIPT  # a part of the run's name
     output_dir: str = "runs"  # parent of the run's folder
@@ -227,7 +227,7 @@ def head(inputs, outputs, output_gain, hidden):
 
 
 def critic(inputs, hidden):
-    return head(inputs, 1, 1.0, hidden).append(nn.Flatten(-2))  # drops the last axis: [..., inputs] -> [...]
+    return head(inputs, 1, 1.0, hidden).append(nn.Flatten(-2))  # drops the last axis: -> [...]
 
 
 class Agent(nn.Module):
@@ -263,7 +263,7 @@ class Agent(nn.Module):
         return self.features(obs.movedim(1, -1))
 
     def to_env(self, action):
-        """Actions as the simulator takes them, an array."""
+        """Actions as the simulator takes them."""
         return action.cpu().numpy()
 
 
@@ -387,7 +387,7 @@ def update(agent, optimizer, loss_function, batch, rows, args):
         if args.target_kl and average(stats["approx_kl"]) > args.target_kl:
             break
     metrics = {f"losses/{name}": torch.stack([x[name] for x in history]).mean().item() for name in stats}
-    # Of one minibatch, for the whole rollout would cost a pass through the network.
+    # Of one minibatch: the whole rollout would cost another pass.
     return metrics | measure(agent, take(batch, order[-1, 0], moments[-1, 0]), args)
 
 
@@ -617,7 +617,7 @@ class Run(ExitStack):
 
 
 class Follower(Run):
-    """For the other processes of torchrun: the first alone writes, and says when to stop."""
+    """For the other processes of torchrun: the first alone writes."""
 
     def load(self):
         if self.args.resume is not None:
