@@ -3,7 +3,6 @@
 Schulman et al., 2017, https://arxiv.org/abs/1707.06347. All else is its sibling's text: the diff is the algorithm.
 
     python ppo_atari_envpool.py --env-id Breakout-v5
-    torchrun --nproc-per-node 4 ppo_atari_envpool.py --env-id Breakout-v5
 """
 
 import signal
@@ -58,7 +57,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 
 @dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
 class Args:
-    env_id: str = "Breakout-v5"  # any of EnvPool's Atari games; PongNoFrameskip-v4 is another name of Pong-v5
+    env_id: str = "Breakout-v5"  # a game of EnvPool's; PongNoFrameskip-v4 is Pong-v5, too
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of simulators, initial weights, actions and minibatches
     total_timesteps: PositiveInt = 10_000_000  # environment steps, all environments together; a step is four frames
     num_envs: Size = 8  # environments in parallel, N, all processes together
@@ -77,9 +76,9 @@ class Args:
     ent_coef: NonNegative = 0.01  # weight of the entropy bonus
     max_grad_norm: Positive = 0.5  # largest norm of the gradient over all networks
     heads: Literal["linear", "mlp"] = "linear"  # of policy and value; mlp: with a hidden layer (authors' code)
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # of the network and the frames
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # of network and frames
     bf16: bool = False  # compute the trunk in bfloat16: for GPUs and for processors with avx512_bf16 or AMX
-    compile: bool = False  # torch.compile the loss: for GPUs, does not pay on a CPU
+    compile: bool = False  # torch.compile the loss: does not pay on a CPU
     cuda_graphs: bool = False  # replay the compiled loss and its gradient as CUDA graphs
     exp_name: str = SCRIPT  # a part of the run's name
     output_dir: str = "runs"  # parent of the run's folder
@@ -168,29 +167,24 @@ def head(inputs, outputs, output_gain, hidden):
 
 
 def critic(inputs, hidden):
-    return head(inputs, 1, 1.0, hidden).append(nn.Flatten(-2))  # drops the last axis: [..., inputs] -> [...]
+    return head(inputs, 1, 1.0, hidden).append(nn.Flatten(-2))  # drops the last axis: -> [...]
 
 
 class Agent(nn.Module):
-    """The Nature CNN (Mnih et al., 2015), and heads on its features."""
+    """The Nature CNN (Mnih et al., 2015) and heads on its features."""
 
     def __init__(self, channels, num_actions, args):
         super().__init__()
-        self.bf16 = args.bf16
+        self.bf16, relu = args.bf16, nn.ReLU(inplace=True)
         self.first = orthogonal(nn.Conv2d(channels, 32, 8, stride=4))
-        self.convolutions = nn.Sequential(
-            nn.ReLU(inplace=True),
-            orthogonal(nn.Conv2d(32, 64, 4, stride=2)),
-            nn.ReLU(inplace=True),
-            orthogonal(nn.Conv2d(64, 64, 3)),
-            nn.ReLU(inplace=True),
-        )
-        self.dense = nn.Sequential(orthogonal(nn.Linear(7 * 7 * 64, 512)), nn.ReLU(inplace=True))
+        second, third = orthogonal(nn.Conv2d(32, 64, 4, stride=2)), orthogonal(nn.Conv2d(64, 64, 3))
+        self.convolutions = nn.Sequential(relu, second, relu, third, relu)
+        self.dense = nn.Sequential(orthogonal(nn.Linear(7 * 7 * 64, 512)), relu)
         mlp = args.heads == "mlp"
         self.policy, self.value = head(512, num_actions, 0.01, mlp), critic(512, mlp)
 
     def features(self, frames):
-        """What the heads read: frames[B, H, W, C], bytes -> [B, 512]"""
+        """What the heads read: frames[B, H, W, C] -> [B, 512]"""
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
             # Bytes are exact in bfloat16, and dividing the weights by 255 is cheaper than dividing the frames.
             images = frames.movedim(-1, 1).to(torch.bfloat16 if self.bf16 else torch.float32)
@@ -203,11 +197,11 @@ class Agent(nn.Module):
         return Categorical(logits=self.policy(features), validate_args=False)
 
     def normalize(self, obs):
-        """The simulator's frames [B, C, H, W] as what the policy reads: features [B, 512]"""
+        """The simulator's frames as what the policy reads: [B, C, H, W] -> [B, 512]"""
         return self.features(obs.movedim(1, -1))
 
     def to_env(self, action):
-        """The policy's action as the simulator takes it, an array."""
+        """Actions as the simulator takes them."""
         return action.cpu().numpy()
 
 
@@ -217,21 +211,15 @@ class Agent(nn.Module):
 def make_envs(args, num_envs, key, render=False):
     """Games with seeds drawn from key, their observation and action space; BadInput if there is no such game.
 
-    They reset on the step after the one that ended an episode. For learning a lost life ends one and rewards are -1, 0
-    or 1; the infos hold the game's own reward and end.
+    They reset on the step after the one that ended an episode. For learning, a lost life ends one and rewards are
+    clipped; infos hold the game's own reward and end.
     """
     seeds = (np.random.SeedSequence(key).generate_state(num_envs) & 0x7FFFFFFF).tolist()  # EnvPool wants int32
-    games = {name.lower(): name for name, spec in registry.specs.items() if spec[0] == "envpool.atari"}
-    name = re.sub("NoFrameskip-v4$", "-v5", args.env_id)
-    if name not in games.values():
-        title = re.sub(r"^ALE/|((Deterministic|NoFrameskip)?-v\d+)?$", "", args.env_id).lower()
-        close = [games[x] for x in difflib.get_close_matches(f"{title}-v5", games, 3)]
-        raise BadInput(f"EnvPool has no game {args.env_id}" + f", did you mean {', '.join(close)}?" * bool(close))
-    gym.logger.min_level = gym.logger.ERROR
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     sizes = dict(num_envs=num_envs, num_threads=max(1, min(num_envs, cores // LOCAL_WORLD_SIZE)))
-    options = dict(episodic_life=True, reward_clip=True, render_mode="rgb_array" if render else None)
-    envs = envpool.make(name, env_type="gymnasium", seed=seeds, **options, **sizes)
+    options = dict(env_type="gymnasium", episodic_life=True, reward_clip=True)
+    options["render_mode"] = "rgb_array" if render else None
+    envs = envpool.make(find_game(args.env_id), seed=seeds, **options, **sizes)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
     return envs, envs.observation_space, envs.action_space
 
@@ -258,7 +246,7 @@ def collect(agent, envs, state, args):
     """T steps from state, which is updated: the rollout, tensors [T, N, ...], and rows of the games that ended.
 
     The step after an episode's end is a dummy that only resets the simulator: valid is False there. features has T + 1
-    rows. Rewards and ends are those of learning; the games, which all processes know, have lives and real rewards.
+    rows. A row adds up the game's own rewards over all its lives.
     """
     shape, games, features = state.frames.shape[:2], [], []
     rewards, (valid, terminated, truncated) = np.zeros(shape, np.float32), np.zeros((3, *shape), bool)
@@ -278,22 +266,16 @@ def collect(agent, envs, state, args):
             games.append((t, float(state.returns[n]), int(state.lengths[n])))
             state.returns[n] = state.lengths[n] = 0
     features.append(agent.normalize(torch.from_numpy(state.obs).to(args.device)))
-    parts = gather((valid.sum(1), games))
-    steps = state.step + sum(counts for counts, _ in parts).cumsum()
-    state.step = int(steps[-1])
-    games = sorted((game for _, games in parts for game in games), key=lambda game: game[0])
+    state.step, rows = add_up(state.step, valid.sum(1), games)
     rollout = dict(rewards=rewards, valid=valid, terminated=terminated, truncated=truncated)
     rollout = {name: torch.from_numpy(x).to(args.device) for name, x in rollout.items()}
     rollout |= dict(obs=state.frames, actions=actions, features=torch.stack(features))
-    return rollout, [(int(steps[t]), *result) for t, *result in games]
+    return rollout, rows
 
 
 @torch.no_grad()
 def prepare(agent, rollout, args):
-    """The rollout as samples, tensors [T * N, ...], and the places of those that are no dummies.
-
-    They stay as they are for all epochs; the frames, which are large, stay where they are.
-    """
+    """The rollout as samples, tensors [T * N, ...] (the frames are not copied), and the indices of the valid ones."""
     features, rewards, actions = rollout["features"], rollout["rewards"], rollout["actions"]
     values, terminated, truncated = agent.value(features), rollout["terminated"], rollout["truncated"]
     _, returns = compute_gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
@@ -343,7 +325,7 @@ def update(agent, optimizer, loss_function, batch, rows, args):
         if args.target_kl and average(stats["approx_kl"]) > args.target_kl:
             break
     metrics = {f"losses/{name}": torch.stack([x[name] for x in history]).mean().item() for name in stats}
-    # Of one minibatch, for the whole rollout would cost a pass through the network.
+    # Of one minibatch: the whole rollout would cost another pass.
     return metrics | measure(agent, take(batch, order[-1, 0], moments[-1, 0]), args)
 
 
@@ -351,15 +333,14 @@ def update(agent, optimizer, loss_function, batch, rows, args):
 def measure(agent, batch, args):
     """Statistics of samples [B]: the ratios after the update (Figure 7), the fit of the values before it."""
     low, high = ratio_bounds(args)
-    policy = agent(agent.features(batch["obs"]))
-    ratio = (policy.log_prob(batch["actions"]) - batch["log_probs"]).exp()
+    ratio = (agent(agent.features(batch["obs"])).log_prob(batch["actions"]) - batch["log_probs"]).exp()
     stats = {"ratio/out_of_bounds": ((ratio < low) | (ratio > high)).float().mean()}
     for name, chosen in (("high", ratio >= 1), ("low", ratio <= 1)):
         side = ratio[chosen] if chosen.any() else torch.ones(1)
         stats |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
     error, returns = batch["returns"] - batch["values"], batch["returns"]
     unexplained = error.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
-    stats["losses/explained_variance"] = 1 - unexplained
+    stats |= {"losses/explained_variance": 1 - unexplained}
     return {name: x.item() for name, x in stats.items()}
 
 
@@ -377,7 +358,7 @@ def train(args):
     set_up_torch(args)
     with (Follower if RANK else Run)(args) as run:
         run.load()
-        frames, staging = make_buffers(args)
+        buffers = make_buffers(args)
         num_envs = args.num_envs // WORLD_SIZE
         envs, obs_space, action_space = make_envs(args, num_envs, [args.seed, run.step, RANK])
         obs, _ = envs.reset()
@@ -389,8 +370,7 @@ def train(args):
         run.begin(agent=agent, optimizer=optimizer)  # restores both, or makes the folder: all is known to fit by now
         lr, loss_function = optimizer.param_groups[0]["lr"], compiled(minibatch_loss, args)
         done, (returns, lengths) = np.zeros(num_envs, bool), np.zeros((2, num_envs))
-        state = SimpleNamespace(step=run.step, obs=obs, done=done, returns=returns, lengths=lengths)
-        state.frames, state.staging = frames, staging
+        state = SimpleNamespace(step=run.step, obs=obs, done=done, returns=returns, lengths=lengths, **buffers)
         while state.step < args.total_timesteps and not any(gather(run.stopping)):
             if args.lr_schedule == "linear":
                 lr.fill_(args.learning_rate * (1 - state.step / args.total_timesteps))
@@ -570,7 +550,7 @@ class Run(ExitStack):
 
 
 class Follower(Run):
-    """For the other processes of torchrun: the first alone writes, and says when to stop."""
+    """For the other processes of torchrun: the first alone writes."""
 
     def load(self):
         if self.args.resume is not None:
@@ -637,12 +617,31 @@ def load_run(run_dir, name):
         raise BadInput(f"cannot use the run {run_dir}: {one_line(error)}") from None
 
 
+def find_game(env_id):
+    """EnvPool's name of a game; BadInput if there is none."""
+    games = {x.removesuffix("-v5").lower(): x for x, spec in registry.specs.items() if spec[0] == "envpool.atari"}
+    name = re.sub("NoFrameskip-v4$", "-v5", env_id)
+    if name not in games.values():
+        title = re.sub(r"^ALE/|(Deterministic|NoFrameskip)?(-v\d+)?$", "", env_id).lower()
+        close = [games[x] for x in difflib.get_close_matches(title, games, 3)]
+        raise BadInput(f"EnvPool has no game {env_id}" + f": did you mean {', '.join(close)}?" * bool(close))
+    return name
+
+
 def gather(x):
     """x of every process, in their order."""
     parts = [x] * WORLD_SIZE
     if WORLD_SIZE > 1:
         dist.all_gather_object(parts, x)
     return parts
+
+
+def add_up(step, counts, games):
+    """The step after a rollout and rows (step, return, length) of its games, from every process's counts and games."""
+    parts = gather((counts, games))
+    steps = step + sum(counts for counts, _ in parts).cumsum()
+    games = sorted((game for _, games in parts for game in games), key=lambda game: game[0])
+    return int(steps[-1]), [(int(steps[t]), *result) for t, *result in games]
 
 
 def average(x):
@@ -670,14 +669,14 @@ def set_up_torch(args):
 
 
 def make_buffers(args):
-    """Room for a rollout's frames [T, N, H, W, C], and for those of a step [N, C, H, W], page-locked for a GPU."""
+    """Room for the frames of a rollout [T, N, H, W, C], and of a step [N, C, H, W], page-locked for a GPU."""
     num_envs, on_gpu = args.num_envs // WORLD_SIZE, args.device == "cuda"
     try:
         frames = torch.empty(args.num_steps, num_envs, 84, 84, 4, dtype=torch.uint8, device=args.device)
     except RuntimeError:
         size = args.num_steps * num_envs * 84 * 84 * 4 / 1e9
         raise BadInput(f"no memory for a rollout's frames, {size:.0f} GB: lower --num-steps or --num-envs") from None
-    return frames, torch.empty(num_envs, 4, 84, 84, dtype=torch.uint8, pin_memory=on_gpu)
+    return dict(frames=frames, staging=torch.empty(num_envs, 4, 84, 84, dtype=torch.uint8, pin_memory=on_gpu))
 
 
 def compiled(function, args):

@@ -232,7 +232,7 @@ PAIRS = {
     "atari": Pair(
         **SB3,
         run_peer=peer_atari,
-        flags="--env-id={env_id} --update-epochs=4 --device=cpu --eval-episodes=1",
+        flags="--env-id={env_id} --update-epochs=4 --device=cpu",
         steps=1024,
         programs=tuple(f"{x}_atari_envpool{y}" for y in ("", " --bf16") for x in ("bpo", "ppo")),
         defaults=dict(iterations=12, env_id="Breakout-v5"),

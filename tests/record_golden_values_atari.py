@@ -2,8 +2,8 @@
 
     python tests/record_golden_values_atari.py
 
-Run at commit a762edc, before the Atari scripts were rebuilt; later scripts must give the same values. Initial parameters
-and frames are drawn from seeds that NumPy keeps, so the file holds the rest: of each parameter the norm and some entries.
+Run at commit a762edc, before the Atari scripts were rebuilt; later scripts must give the same values. NumPy draws the
+initial parameters and the frames; the file has the norm and three entries of what became of each parameter.
 """
 
 import importlib

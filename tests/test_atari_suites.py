@@ -23,9 +23,9 @@ def test_paper_suite_and_defaults_hold_the_tables():
         assert variant["script"] == Path(script.__file__).name
         flags = suite["flags"] | variant["flags"]
         args = script.Args(device="cpu", **flags)
-        script.check_args(args)
         for chosen in (args, script.Args(device="cpu")):
             assert tuple(getattr(chosen, name) for name in COLUMNS) == PAPER[variant["name"]]
-            assert (chosen.value_coef, chosen.lr_schedule) == (0.5, "constant")
+            assert (chosen.vf_coef, chosen.lr_schedule) == (0.5, "constant")
         if script is bpo:
-            assert (args.temperature, args.tv_coef, args.median_coef, args.use_median) == (0.001, 0, 0.5, True)
+            assert (args.temperature, args.tv_coef, args.median_coef) == (0.001, 0, 0.5)
+            assert args.median_network != "none"
