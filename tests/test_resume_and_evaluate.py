@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 
-TASKS = ("atari_envpool", "locomotion")
-NAMES = [f"{algorithm}_{task}" for task in TASKS for algorithm in ("bpo", "ppo")] + ["gbpo_llm", "grpo_llm"]
+NAMES = ["bpo_atari_envpool", "ppo_atari_envpool", "gbpo_llm", "grpo_llm"]
 SCRIPTS = pytest.mark.parametrize("script", [importlib.import_module(x) for x in NAMES], ids=NAMES)
 
 
