@@ -265,7 +265,7 @@ def make_envs(args, num_envs, key, render=False):
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
             raise
-        raise BadInput(f"{num_envs} environments of {args.env_id} do not fit into memory: fewer --num-envs") from None
+        raise BadInput(f"{num_envs} environments of {args.env_id} do not fit into memory: lower --num-envs") from None
     return envs, envs.obs_space, envs.action_space
 
 
@@ -368,7 +368,8 @@ def check_memory(args, num_envs, make):
     each = max(used() - before, 4) / 4
     del shared, more
     used()
-    if num_envs > (fits := max(int(0.9 * (free := free_memory()) / each), 1)):
+    free = free_memory()
+    if num_envs > (fits := max(int(0.9 * free / each), 1)):
         needed = f"{num_envs} environments of {args.env_id} need {num_envs * each / 1e9:.1f} GB"
         raise BadInput(f"{needed}, but {free / 1e9:.1f} GB are free: pass --num-envs {fits} or less")
 
@@ -495,7 +496,7 @@ def require_finite(x, name, args):
 def collect(agent, envs, state, args):
     """T steps from state, which is updated: the rollout, tensors [T, N, ...], and the means of the simulator's logs.
 
-    valid is False where a step only resets the simulator, see make_envs. privileged has T + 1 rows.
+    valid is False where a step is a dummy, see make_envs. privileged has T + 1 rows.
     """
     device, rows, history = state.obs.device, [], []
     # Drawn on the CPU, whose generator is in the checkpoint, so that a run may go on elsewhere.
@@ -522,9 +523,9 @@ def mean_log(name, history, device):
 
 
 def finished_episodes(rollout, state):
-    """Rows (step, return, length) of the episodes that ended in the rollout; state, which has their begin, is updated.
+    """Rows (step, return, length) of the episodes that ended in the rollout; state, which is updated, has their begin.
 
-    A first one that its time limit ended is left out: it was cut, see make_envs.
+    A first one that its time limit ended is none: it was cut, see make_envs.
     """
     names = "rewards", "valid", "terminated", "truncated"
     rewards, valid, terminated, truncated = (rollout[name].cpu().numpy() for name in names)
@@ -656,9 +657,8 @@ def train(args):
 FORMAT = 2  # of args.json and checkpoints
 CHECKPOINT = {"agent", "optimizer", "step", "episodes", "rng_state", "log_sizes"}
 CONTENTS = {"agent.pt": {"agent"}, "checkpoint.pt": CHECKPOINT}
-MAY_CHANGE = (
-    "total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity device".split()
-)
+MAY_CHANGE = "total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
+MAY_CHANGE.append("device")
 
 
 class BadInput(ValueError):
