@@ -1,525 +1,133 @@
 """Bounded Policy Optimization (BPO) for legged robots, with thousands of environments at once, in one file.
 
-BPO (Ao et al., "Bounded Ratio Reinforcement Learning") keeps the ratio of new to old policy within bounds. The best
-such ratio is a formula: the update regresses onto it, where PPO follows a gradient until a clip stops it. The rest is
-what made PPO walk (RSL-RL): short rollouts of many robots, few large minibatches, a learning rate that follows the KL
-divergence, and a critic that sees what the robot cannot. The task's name chooses the simulator:
+The best ratio of new to old policy within bounds has a formula. BPO regresses onto it; PPO climbs until a clip.
+Ao et al., "Bounded Ratio Reinforcement Learning", https://arxiv.org/abs/2604.18578
+
+The rest is what made PPO walk (RSL-RL): short rollouts of many robots, few large minibatches, a learning rate that
+follows the KL divergence, and critics that see what the robot cannot. The task's name chooses the simulator:
 
     python bpo_locomotion.py --env-id Go1JoystickRoughTerrain-v1                                       # EnvPool, CPU
     python bpo_locomotion.py --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096 --init-std 1.0   # mjlab, GPU
 
 What differs from the sibling, ppo_locomotion.py:
-1. target_ratio: the optimal ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
-2. policy_loss: the distance of the ratio from that target, weighted by abs(advantage) (Eq. 16), not the clip (Eq. 17).
-3. median_loss and a median head: the baseline that makes the target policy sum to one (Eq. 15).
-4. Both advantages are divided by one standard deviation; the one of the targets is centred on its median.
-5. improvement_bound: the terms of Corollary 4.4, logged under theory/.
-6. Defaults: Table 2's, where the sibling has Table 3's.
+1. target_ratio: the best ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
+2. policy_loss: the distance from it, weighted by abs(advantage) (Eq. 16), in place of the clipped surrogate (Eq. 17).
+3. median_loss and a median network: the baseline that makes the target sum to one (Eq. 15).
+4. measure_advantages: two kinds, divided by one standard deviation; that of the targets is centred on its median.
+5. Defaults: Table 2's, where the sibling has Table 3's.
 """
 
-import contextlib
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports below
+
+import argparse
 import ctypes
-import ctypes.util
 import dataclasses
 import difflib
 import functools
-import importlib.metadata
 import io
 import json
 import math
 import os
+import re
+import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import time
+import zipfile
 from collections import deque
-from dataclasses import dataclass
+from contextlib import ExitStack, redirect_stdout
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from filelock import FileLock, Timeout
+from pydantic import Field, PositiveInt, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
+from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
-STOP = []  # signals received: a first Ctrl-C or SIGTERM ends the run after the iteration, with a checkpoint
+Size = Annotated[int, Field(ge=1, le=10**6)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e38)]
+NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 
 
-class BadInput(ValueError):
-    """Input that cannot work: printed as one line, exit status 2."""
-
-
-def can_compile():
-    """Whether torch.compile finds what it needs on a CPU: a C++ compiler and Python's headers."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    return shutil.which(compiler) is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
-
-
-@dataclass
+@dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
 class Args:
-    env_id: str = "Go1JoystickRoughTerrain-v1"
-    """task: EnvPool's, mjlab's (Mjlab-...) or Isaac Lab's (Isaac-...)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where networks, rollouts and GPU simulators live; auto: a GPU if there is one"""
-    seed: int = 1
-    """seed of the simulators, the network's initial weights, the actions and the minibatches"""
-    total_timesteps: int = 10_000_000
-    """environment steps to train for, all environments together"""
-    num_envs: int = 128
-    """environments stepped in parallel: 4096 in the paper, on a GPU; EnvPool's take 41 MB (Go1) and more"""
-    num_steps: int = 24
-    """steps per environment and iteration"""
-    num_minibatches: int = 4
-    """gradient steps per pass over the rollout; they share its num_envs * num_steps samples"""
-    update_epochs: int = 10
-    """passes over the rollout per iteration"""
-    learning_rate: float = 1e-4
-    """Adam's step size (the initial one if it is scheduled)"""
+    env_id: str = "Go1JoystickRoughTerrain-v1"  # task of EnvPool, mjlab (Mjlab-...) or Isaac Lab (Isaac-...)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and GPU simulators; auto: a GPU if there is one
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of simulators, initial weights, actions and minibatches
+    total_timesteps: PositiveInt = 10_000_000  # environment steps, all environments together
+    num_envs: Size = 128  # environments in parallel, N: 4096 in the paper; EnvPool's take 41 MB (Go1) and more
+    num_steps: Annotated[int, Field(ge=2, le=10**6)] = 24  # steps per environment and iteration, T
+    num_minibatches: Size = 4  # gradient steps per pass over the rollout
+    update_epochs: Size = 10  # passes over the rollout per iteration
+    learning_rate: Positive = 1e-4  # Adam's step size, at the start if it is scheduled
+    # linear: to 0 at the last step; adaptive: by --desired-kl, as RSL-RL does (the paper's "ADP")
     lr_schedule: Literal["constant", "linear", "adaptive"] = "adaptive"
-    """linear: to 0 at the last step; adaptive: follows --desired-kl as RSL-RL does (the paper's "ADP")"""
-    desired_kl: float = 0.01
-    """the divergence between old and new policy that the adaptive schedule aims at, in nats"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    clip_coef: float = 0.3
-    """epsilon: the ratio's bounds are 1 - epsilon and 1 + epsilon"""
-    temperature: float = 0.001
-    """lambda of Eq. 9 and Eq. 15; in units of return, or in standard deviations of the advantage if --norm-adv"""
-    use_median: bool = True
-    """measure the target's advantage from the learned median; --no-use-median: from the value (no median head)"""
-    median_coef: float = 0.5
-    """weight of the median loss, w_2 in the paper"""
-    tv_coef: float = 0.0
-    """alpha_1: weight of the plain total variation beside the advantage-weighted one (Eq. 16)"""
-    norm_adv: bool = True
-    """standardise the rollout's advantages; those that give the targets are centred on their median"""
-    norm_obs: bool = True
-    """standardise observations with running statistics; Isaac Lab's own configurations, and so the paper, do not"""
-    value_coef: float = 0.5
-    """weight of the value loss (R - V)^2, w_1 in the paper"""
-    clip_value_loss: bool = False
-    """clip the change of the value by --clip-coef as well"""
-    ent_coef: float = 0.001
-    """weight of the entropy bonus"""
-    max_grad_norm: float = 1.0
-    """the gradient is scaled down to this norm, over all networks jointly"""
-    hidden_sizes: tuple[int, ...] = (512, 256, 128)
-    """widths of the hidden layers (ELU) of every network"""
-    init_std: float = 0.35
-    """initial standard deviation of the actions: 1.0 for mjlab and Isaac Lab, where actions are scaled down"""
+    desired_kl: Positive = 0.01  # KL divergence from the old policy that adaptive aims at, in nats
+    gamma: Fraction = 0.99  # discount factor
+    gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation
+    clip_coef: Positive = 0.3  # epsilon: the ratio's bounds are 1 -+ epsilon
+    ratio_low: float | None = None  # c_l, in place of 1 - epsilon
+    ratio_high: float | None = None  # c_h, in place of 1 + epsilon
+    temperature: Positive = 0.001  # lambda of Eq. 9; with norm_adv in standard deviations of the advantage
+    median_temperature: Positive | None = None  # lambda of Eq. 15; default: --temperature
+    median_network: Literal["separate", "none"] = "separate"  # its own network, or the value in its place
+    median_coef: NonNegative = 0.5  # w_2, weight of the median loss
+    tv_coef: NonNegative = 0.0  # alpha_1, weight of the plain total variation beside the weighted one (Eq. 16)
+    recompute_advantages: bool = False  # in every minibatch, from the current networks (authors' code)
+    norm_adv: bool = True  # centre the rollout's advantages and divide them by their standard deviation
+    norm_obs: bool = True  # standardise observations with running statistics; Isaac Lab, and so the paper, does not
+    vf_coef: NonNegative = 0.5  # w_1, weight of the value loss
+    clip_vloss: bool = False  # clip the value's change by --clip-coef, too
+    ent_coef: NonNegative = 0.001  # weight of the entropy bonus
+    max_grad_norm: Positive = 1.0  # largest norm of the gradient over all networks
+    hidden_sizes: Annotated[tuple[Size, ...], Field(min_length=1)] = (512, 256, 128)  # widths of every network's layers
+    # initial standard deviation of the actions: 1.0 for mjlab and Isaac Lab, where actions are scaled down
+    init_std: Annotated[float, Field(ge=0.01, le=1e38)] = 0.35
+    # of float32 matrix products: medium is TF32 on a GPU, bfloat16 on a CPU with AMX, else float32 by oneDNN
     matmul_precision: Literal["highest", "high", "medium"] = "medium"
-    """of float32 matrix products: medium is TF32 on a GPU, bfloat16 on a CPU with AMX, else float32 by oneDNN"""
-    bf16: bool = False
-    """compute the hidden layers in bfloat16: faster on processors that have it (avx512_bf16, AMX) and on GPUs"""
-    compile: bool = False
-    """torch.compile the gradient step"""
-    output_dir: str = "runs"
-    """folder that receives this run's folder"""
-    checkpoint_interval: int = 20
-    """iterations between checkpoints"""
-    eval_episodes: int = 10
-    """episodes of each evaluation (deterministic and stochastic), at the end of training and with --evaluate"""
-    resume: str | None = None
-    """RUN_DIR: continue this interrupted run with the settings it was started with"""
-    evaluate: str | None = None
-    """RUN_DIR: evaluate this run's agent instead of training"""
-    capture_video: bool = False
-    """film one deterministic episode (through MuJoCo's renderer) after training or evaluation"""
-    track: bool = False
-    """log to Weights & Biases as well (WANDB_MODE=offline works without an account)"""
-    wandb_project: str = "bounded-ratio-rl"
-    """Weights & Biases project"""
+    bf16: bool = False  # hidden layers in bfloat16: faster on GPUs and processors that have it (avx512_bf16, AMX)
+    compile: bool = False  # torch.compile the gradient step
+    exp_name: str = SCRIPT  # a part of the run's name
+    output_dir: str = "runs"  # parent of the run's folder
+    checkpoint_seconds: NonNegative = 30  # between checkpoints; 0: one after every iteration
+    resume: str | None = None  # RUN_DIR: go on with this run; --total-timesteps may differ
+    track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline needs no account)
+    wandb_project_name: str = "bounded-ratio-rl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
+
+    @model_validator(mode="after")
+    def check(self):
+        low, high = ratio_bounds(self)
+        if not 0 <= low < 1 < high:
+            raise ValueError(f"the ratio's bounds must have 0 <= low < 1 < high, not {low} and {high}")
+        samples = self.num_envs * self.num_steps
+        if samples % self.num_minibatches or samples < 2 * self.num_minibatches:
+            raise ValueError("num_envs * num_steps must divide into --num-minibatches of 2 samples or more")
+        return self
+
+
+# --- the algorithm
 
 
 def ratio_bounds(args):
     """Bounds (c_l, c_h) of the ratio between new and old policy."""
-    return 1 - args.clip_coef, 1 + args.clip_coef
-
-
-def check_args(args):
-    """Raises BadInput with one line that says what to change."""
-    for names, holds, rule in (
-        ("total_timesteps num_envs num_minibatches update_epochs", lambda x: x >= 1, "at least 1"),
-        ("checkpoint_interval eval_episodes", lambda x: x >= 1, "at least 1"),
-        ("num_steps", lambda x: x >= 2, "at least 2"),
-        ("hidden_sizes", lambda x: len(x) > 0 and min(x) >= 1, "one or more sizes of at least 1"),
-        ("learning_rate desired_kl max_grad_norm", lambda x: 0 < x < math.inf, "positive and finite"),
-        ("init_std", lambda x: 0.01 <= x < math.inf, "at least 0.01 and finite"),
-        ("clip_coef", lambda x: 0 < x <= 1, "within (0, 1]"),
-        ("temperature", lambda x: 0 < x < math.inf, "positive and finite"),
-        ("value_coef ent_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
-        ("median_coef tv_coef", lambda x: 0 <= x < math.inf, "finite and not negative"),
-        ("gamma gae_lambda", lambda x: 0 <= x <= 1, "within [0, 1]"),
-        ("seed", lambda x: 0 <= x < 2**31, "within [0, 2^31)"),
-    ):
-        for name in names.split():
-            if not holds(value := getattr(args, name)):
-                raise BadInput(f"--{name.replace('_', '-')} must be {rule}, got {value}")
-    samples, parts = args.num_envs * args.num_steps, args.num_minibatches
-    if samples % parts or samples < 2 * parts:
-        raise BadInput(
-            f"num_envs * num_steps = {samples} samples do not divide into --num-minibatches {parts} of 2 or more"
-        )
-    if args.compile and not can_compile():
-        raise BadInput("--compile needs a C++ compiler (CXX or g++) and Python's headers: install them or --no-compile")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda needs a GPU and a CUDA build of PyTorch: there is none here, pass --device cpu")
-
-
-def find_device(args):
-    """The torch.device that --device names."""
-    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-# -------------------------------------------------------------------------------------------------------- simulators
-
-
-def make_envs(args, num_envs, seed, render=False):
-    """Vector environments and the sizes of their observations, privileged observations and actions; BadInput if that
-    is not possible. A simulator is a namespace of four calls, with all tensors on find_device(args):
-
-    reset(stagger=False, steps=0) -> (obs[N, O], privileged[N, P]), logs
-        stagger: first episodes start at random lengths; steps: each environment's before, on which a curriculum depends
-    step(actions[N, A]) -> (obs, privileged), rewards[N], terminated[N], truncated[N], logs
-    render() -> uint8[H, W, 3]; with render=True only
-    close()
-
-    next_step says when it resets: on the step after an episode's end, a dummy whose action is ignored, or, if False,
-    within the step that ended it, whose observation is then the next episode's; fps: steps in a second of the robot's
-    time. logs: name -> number or tensor[].
-    """
-    gym.logger.min_level = gym.logger.ERROR
-    kinds = {"Mjlab-": mjlab_envs, "Isaac-": isaac_envs}
-    make = next((kinds[prefix] for prefix in kinds if args.env_id.startswith(prefix)), envpool_envs)
-    envs = make(args, num_envs, seed, render)
-    return envs, envs.obs_size, envs.privileged_size, envs.action_size
-
-
-def unknown_task(args, simulator, known):
-    close = ", ".join(difflib.get_close_matches(args.env_id, known, 3))
-    return BadInput(f"{simulator} has no task {args.env_id}" + f": did you mean {close}?" * bool(close))
-
-
-def envpool_envs(args, num_envs, seed, render):
-    """EnvPool's tasks, MuJoCo Playground's robots among them. They have no curriculum."""
-    try:
-        import envpool
-    except ImportError:
-        raise BadInput("EnvPool is not installed: pip install -r requirements.txt") from None
-    if args.env_id not in (known := envpool.list_all_envs()):
-        raise unknown_task(args, "EnvPool", known)
-    spec = envpool.make_spec(args.env_id)
-    space, action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
-    spaces = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {"state": space}
-    spaces = [spaces.get("state"), spaces.get("privileged_state", spaces.get("state")), action_space]
-    for x, kind in zip(spaces, ("observation", "observation", "action")):
-        if not isinstance(x, gym.spaces.Box) or len(x.shape) != 1:
-            raise BadInput(f"{args.env_id} has no flat Box {kind}, which this script needs")
-    options = dict(env_type="gymnasium", num_threads=min(num_envs, torch.get_num_threads()), seed=seed)
-    if render:
-        options |= dict(render_mode="rgb_array", render_width=512, render_height=384, render_camera_id=0)
-    make = functools.partial(envpool.make, args.env_id, **options)
-    check_memory(args, num_envs, make)
-    envs, device = make(num_envs=num_envs), find_device(args)
-    if render:
-        import mujoco
-
-        envs.gl_context = mujoco.GLContext(512, 384)  # EnvPool draws into the current one
-        envs.gl_context.make_current()
-    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
-    if f"MuJoCoPlayground/{args.env_id.removeprefix('MuJoCoPlayground/')}" in known:
-        # Playground itself clips no action. If they were clipped, a policy would be rid of its noise by aiming far
-        # beyond the bounds, and stand as stiff as a statue.
-        action_space = gym.spaces.Box(-np.inf, np.inf, action_space.shape, action_space.dtype)
-
-    def tensors(obs):
-        obs = obs if isinstance(obs, dict) else {"state": obs}
-        both = obs["state"], obs.get("privileged_state", obs["state"])
-        return tuple(torch.from_numpy(x).to(device, torch.float32) for x in both)
-
-    def logs(info, rows):
-        terms = [name for name in info if name.startswith("reward_")]
-        if not terms or not rows.any():
-            return {}
-        means = np.stack([info[name] for name in terms])[:, rows].mean(1)
-        return {name.replace("_", "s/", 1): x for name, x in zip(terms, means)}
-
-    # Nobody can set EnvPool's clocks, so first episodes are cut: truncated, and reset after the dummy step.
-    cut, first_lengths = np.zeros(num_envs, bool), np.zeros(num_envs, int)
-
-    def reset(stagger=False, **_):
-        obs, info = envs.reset()
-        cut[:] = False
-        first_lengths[:] = torch.randint(1, spec.config.max_episode_steps + 1, (num_envs,)) if stagger else -1
-        return tensors(obs), logs(info, info["elapsed_step"] >= 0)
-
-    def step(actions):
-        obs, rewards, terminated, truncated, info = envs.step(to_env(actions.cpu(), action_space))
-        obs, real = tensors(obs), (info["elapsed_step"] > 0) & ~cut  # not the dummy step that resets
-        if cut.any():
-            for x, first in zip(obs, tensors(envs.reset(np.flatnonzero(cut).astype(np.int32))[0])):
-                x[cut] = first
-            rewards[cut] = terminated[cut] = truncated[cut] = 0
-        cut[:] = (info["elapsed_step"] == first_lengths) & ~terminated & ~truncated
-        first_lengths[cut | terminated | truncated] = -1
-        results = rewards, terminated, truncated | cut
-        return obs, *(torch.from_numpy(x).to(device) for x in results), logs(info, real)
-
-    sizes = dict(zip(("obs_size", "privileged_size", "action_size"), (x.shape[0] for x in spaces)))
-    calls = dict(reset=reset, step=step, render=lambda: envs.render()[0], close=envs.close)
-    return SimpleNamespace(**calls, **sizes, next_step=True, fps=50)  # Playground's robots act every 0.02 s
-
-
-def check_memory(args, num_envs, make):
-    """BadInput if num_envs environments need more memory than is free, judged by making five (Linux only)."""
-    if sys.platform != "linux" or num_envs <= 16:
-        return
-
-    def used():
-        ctypes.CDLL(None).malloc_trim(0)  # hands back what was only needed to load the task
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    shared = make(num_envs=1)  # what all environments share comes with the first
-    before = used()
-    more = make(num_envs=4)
-    each = max(used() - before, 4) / 4
-    del shared, more
-    used()
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    free = min([free, *free_in_groups()])
-    if num_envs > (fits := max(int(0.9 * free / each), 1)):
-        needed = f"{num_envs} environments of {args.env_id} need {num_envs * each / 1e9:.1f} GB"
-        raise BadInput(f"{needed}, but {free / 1e9:.1f} GB are free: pass --num-envs {fits} or less")
-
-
-def free_in_groups(groups="/proc/self/cgroup", root="/sys/fs/cgroup"):
-    """Bytes left under each limit of memory that a container, Slurm or systemd has set for this process (Linux)."""
-    for line in Path(groups).read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            top, names = Path(root), ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top, names = Path(root, "memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        group = top / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(top) and (folder / names[0]).exists():
-                limit, used = ((folder / name).read_text().strip() for name in names[:2])
-                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                if limit != "max":
-                    yield int(limit) - int(used) + int(statistics[names[2]])
-
-
-def mjlab_envs(args, num_envs, seed, render):
-    """mjlab's tasks (MuJoCo-Warp)."""
-    if sys.platform == "linux":  # read when mujoco is imported; disable: it then works without OpenGL
-        os.environ.setdefault("MUJOCO_GL", "egl" if ctypes.util.find_library("EGL") else "disable")
-    try:
-        import mjlab.tasks  # noqa: F401 (registers the tasks)
-        from mjlab.envs import ManagerBasedRlEnv
-        from mjlab.tasks.registry import list_tasks, load_env_cfg
-    except ImportError as error:
-        raise BadInput(f"mjlab is not installed ({error}): pip install -r requirements-mjlab.txt") from None
-    if args.env_id not in list_tasks():
-        raise unknown_task(args, "mjlab", list_tasks())
-    cfg = load_env_cfg(args.env_id)
-    cfg.scene.num_envs, cfg.seed = num_envs, seed
-    if any(getattr(command, "motion_file", None) == "" for command in cfg.commands.values()):
-        raise BadInput(f"{args.env_id} follows a recorded motion, which this script cannot load: pass another task")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:  # pages of tables
-            env = ManagerBasedRlEnv(cfg, str(find_device(args)), render_mode="rgb_array" if render else None)
-            envs = manager_envs(args, env, "actor")
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
-            raise
-        raise BadInput(
-            f"{num_envs} environments of {args.env_id} do not fit into memory: pass fewer --num-envs"
-        ) from None
-    for line in printed.getvalue().splitlines():
-        if line.startswith("[WARNING]"):  # of a driver too old for CUDA graphs, which would be slow
-            print(line, file=sys.stderr)
-    return envs
-
-
-@functools.cache
-def launch_isaac(device, cameras):
-    """Starts Isaac Sim, which a process can do once."""
-    from isaaclab.app import AppLauncher
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    launcher = AppLauncher(headless=True, device=device, enable_cameras=cameras)
-    for number, handler in handlers.items():  # the launcher has set its own, which would end a run without a checkpoint
-        signal.signal(number, handler)
-    return launcher
-
-
-def isaac_envs(args, num_envs, seed, render):
-    """Isaac Lab's tasks, by its published interface. Untested: it needs Isaac Sim."""
-    device = str(find_device(args))
-    try:
-        launch_isaac(device, args.capture_video)
-        import isaaclab_tasks  # noqa: F401 (registers the tasks)
-        import omni.usd
-        from isaaclab_tasks.utils import parse_env_cfg
-    except ImportError as error:
-        raise BadInput(f"Isaac Lab is not installed ({error}): see isaac-sim.github.io/IsaacLab") from None
-    if args.env_id not in gym.registry:
-        raise unknown_task(args, "Isaac Lab", gym.registry)
-    cfg = parse_env_cfg(args.env_id, device=device, num_envs=num_envs)
-    cfg.seed = seed
-    omni.usd.get_context().new_stage()  # without what an earlier simulator left
-    env = gym.make(args.env_id, cfg=cfg, render_mode="rgb_array" if render else None).unwrapped
-    return manager_envs(args, env, "policy")
-
-
-def manager_envs(args, env, policy):
-    """The interface that mjlab shares with Isaac Lab; policy: the name of the policy's group of observations."""
-
-    def tensors(obs):
-        return obs[policy], obs.get("critic", obs[policy])
-
-    def logs(extras):
-        return {name.replace("Episode_Reward/", "rewards/"): x for name, x in extras.get("log", {}).items()}
-
-    def reset(stagger=False, steps=0):
-        env.common_step_counter = steps
-        obs, extras = env.reset()
-        if stagger:
-            env.episode_length_buf = torch.randint_like(env.episode_length_buf, high=int(env.max_episode_length))
-        return tensors(obs), logs(extras)
-
-    def step(actions):
-        obs, rewards, terminated, truncated, extras = env.step(actions)
-        return tensors(obs), rewards, terminated, truncated, logs(extras)
-
-    obs, _ = env.reset()
-    if more := ", ".join(obs.keys() - {policy, "critic"}):
-        raise BadInput(f"{args.env_id} has observations that this script cannot use ({more}): pass another task")
-    sizes = [x.shape[1] for x in tensors(obs) if isinstance(x, torch.Tensor) and x.ndim == 2]
-    if len(sizes) != 2:
-        raise BadInput(f"{args.env_id} has no flat observation, which this script needs")
-    sizes = dict(obs_size=sizes[0], privileged_size=sizes[1], action_size=env.single_action_space.shape[0])
-    calls = dict(reset=reset, step=step, render=env.render, close=env.close)
-    return SimpleNamespace(**calls, **sizes, next_step=False, fps=round(1 / env.step_dt))
-
-
-# ---------------------------------------------------------------------------------------------------------- learning
-
-
-class RunningNormalizer(nn.Module):
-    """Mean and variance of all samples seen so far, merged batch by batch (Chan et al., 1983); saved with the agent."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(size, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(size, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-
-    def update(self, samples):
-        """samples[B, size]."""
-        samples = samples.double()
-        delta, total = samples.mean(0) - self.mean, self.count + len(samples)
-        m2 = self.var * self.count + samples.var(0, correction=0) * len(samples)
-        self.var.copy_((m2 + delta**2 * self.count * len(samples) / total) / total)
-        self.mean += delta * len(samples) / total
-        self.count.copy_(total)
-
-    def std(self):
-        return (self.var + 1e-8).sqrt().float()
-
-    def forward(self, x):
-        return ((x - self.mean.float()) / self.std()).clamp(-10, 10)
-
-
-class MLP(nn.Sequential):
-    """Layers of --hidden-sizes with ELU between them, as in RSL-RL; the output starts near 0."""
-
-    def __init__(self, inputs, outputs, args):
-        sizes, layers = [inputs, *args.hidden_sizes], []
-        for before, after in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(before, after), nn.ELU()]
-        output = nn.Linear(sizes[-1], outputs)
-        nn.init.orthogonal_(output.weight, 0.01)
-        nn.init.zeros_(output.bias)
-        super().__init__(*layers, output)
-        self.bf16 = args.bf16
-
-    def forward(self, x):
-        *layers, output = self
-        features = x
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            for layer in layers:
-                features = layer(features)
-        return output(features.to(x.dtype))
-
-
-class Agent(nn.Module):
-    """Gaussian policy with a state-independent standard deviation, and critics that see the privileged observation."""
-
-    def __init__(self, obs_size, privileged_size, action_size, args):
-        super().__init__()
-        self.obs_stats = RunningNormalizer(obs_size)
-        self.privileged_stats = RunningNormalizer(privileged_size)
-        self.norm_obs = args.norm_obs
-        self.policy = MLP(obs_size, action_size, args)
-        self.std = nn.Parameter(torch.full((action_size,), args.init_std))
-        self.critic = MLP(privileged_size, 1, args)
-        if args.use_median:
-            self.median_head = MLP(privileged_size, 1, args)
-
-    @property
-    def log_std(self):
-        return self.std.log()
-
-    def normalize(self, obs):
-        return self.obs_stats(obs) if self.norm_obs else obs
-
-    def normalize_privileged(self, privileged):
-        return self.privileged_stats(privileged) if self.norm_obs else privileged
-
-    def value(self, privileged):
-        """V_phi: privileged[..., P] -> [...]"""
-        return self.critic(privileged).squeeze(-1)
-
-    def median(self, privileged):
-        """mu_psi: privileged[..., P] -> [...]"""
-        return self.median_head(privileged).squeeze(-1)
-
-
-def log_prob(mean, log_std, actions):
-    """Log-density of a diagonal Gaussian in closed form: mean[..., A], log_std[A], actions[..., A] -> [...]"""
-    return (-0.5 * ((actions - mean) * (-log_std).exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def kl_divergence(old_mean, old_log_std, mean, log_std):
-    """KL(old || new) of two diagonal Gaussians in nats: means[..., A], log_stds[A] -> [...]"""
-    var = (2 * log_std).exp()
-    return (log_std - old_log_std + ((2 * old_log_std).exp() + (old_mean - mean) ** 2) / (2 * var) - 0.5).sum(-1)
-
-
-def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
-    """Generalised advantage estimation (Schulman et al., 2015), bootstrapping through truncation.
-
-    rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
-    """
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    goes_on = ~(terminated | truncated)
-    advantages, trace = torch.empty_like(deltas), torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        advantages[t] = trace = deltas[t] + gamma * gae_lambda * trace * goes_on[t]
-    return advantages, advantages + values[:-1]
+    low = 1 - args.clip_coef if args.ratio_low is None else args.ratio_low
+    return low, 1 + args.clip_coef if args.ratio_high is None else args.ratio_high
 
 
 def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
@@ -531,494 +139,824 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
     return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(odds))
 
 
+def policy_loss(ratio, target, advantage, tv_coef):
+    """Advantage-weighted total variation plus tv_coef times the plain one, Eq. 16: [B], [B], [B] -> [B]"""
+    return (target - ratio).abs() * (advantage.abs() + tv_coef)
+
+
 def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
     """Eq. 15 with the g' of Corollary 4.7: [B], [B] -> [B]. Its gradient in mu is (1 - target_ratio) / (c_h - c_l)."""
     x, odds = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
     return odds / (1 + odds) * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
 
 
-def policy_loss(ratio, target, advantage, tv_coef):
-    """Advantage-weighted total variation plus tv_coef times the plain one, Eq. 16: [B], [B], [B] -> [B]"""
-    return (target - ratio).abs() * (advantage.abs() + tv_coef)
+def minibatch_loss(agent, batch, args):
+    """The objective on samples, tensors [B, ...]: the loss [] and a dict of statistics []."""
+    obs, privileged, returns = batch["obs"], batch["privileged"], batch["returns"]
+    policy, value = agent(obs), agent.value(privileged)
+    log_ratio = policy.log_prob(batch["actions"]).sum(-1) - batch["log_probs"]
+    median, (low, high) = agent.median(privileged), ratio_bounds(args)
+    if args.recompute_advantages:
+        batch = batch | measure_advantages(returns, value.detach(), median.detach(), args)
+    advantage, median_advantage, scale = batch["advantages"], batch["median_advantages"], batch["scales"]
+    target = target_ratio(median_advantage / scale, low, high, args.temperature)
+    pg_loss = policy_loss(log_ratio.exp(), target, advantage / scale, args.tv_coef).mean()
+    v_loss = value_loss(value, batch, args)
+    entropy = policy.entropy().sum(-1).mean()
+    loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
+    stats = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
+    if args.median_network != "none":  # else it would train the value
+        temperature = args.median_temperature or args.temperature
+        # Scaled, so that scale is the unit of the temperature and no factor of the gradient.
+        stats["median_loss"] = median_loss(returns, median, low, high, temperature * scale).mean()
+        loss = loss + args.median_coef * stats["median_loss"]
+    return loss, stats | policy_change(log_ratio, policy, batch, args)
 
 
-def prepare_batch(batch, args):
-    """What the policy loss takes from the whole rollout, a dict of tensors [B, ...]: target ratios, their temperature,
-    and the advantages that weigh them. --norm-adv standardises these and centres those of the targets."""
-    advantages = batch["advantages"]
-    # The floor keeps equal advantages, whose deviation is rounding, from drowning the critics' gradient.
-    scale = torch.maximum(advantages.std(), 0.1 * advantages.abs().mean()) + 1e-8 if args.norm_adv else 1.0
-    median_advantages = batch["returns"] - batch["medians" if args.use_median else "values"]
+def measure_advantages(returns, value, median, args):
+    """Advantages over value and median, and the scales to divide both by: [B], [B], [B] -> a dict of tensors [B]."""
+    advantage, median_advantage = returns - value, returns - median
+    # The floor is for nearly equal advantages: blown up, they would starve the critics of the clipped gradient.
+    std = advantage.std(correction=min(1, len(advantage) - 1))
+    scale = torch.maximum(std, 0.1 * advantage.abs().mean()) + 1e-8 if args.norm_adv else torch.ones_like(std)
     if args.norm_adv:
         # Value and median lag behind growing returns. Uncentred, most targets would then lie above 1, and raising the
         # probability of nearly all actions shrinks their deviation long before the mean is right.
-        advantages = advantages - advantages.mean()
-        median_advantages = median_advantages - median_advantages.median()
-    batch["temperatures"] = torch.ones_like(advantages) * args.temperature * scale
-    batch["targets"] = target_ratio(median_advantages, *ratio_bounds(args), batch["temperatures"])
-    batch["median_advantages"], batch["advantages"] = median_advantages, advantages / scale
+        advantage, median_advantage = advantage - advantage.mean(), median_advantage - median_advantage.median()
+    return dict(advantages=advantage, median_advantages=median_advantage, scales=scale.expand_as(advantage))
 
 
-def minibatch_loss(agent, batch, args):
-    """The objective on batch, a dict of tensors [B, ...]: the loss [] and a dict of statistics []."""
-    mean = agent.policy(batch["obs"])
-    log_ratio = log_prob(mean, agent.log_std, batch["actions"]) - batch["log_probs"]
-    ratio = log_ratio.exp()
-    entropy = (agent.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-    returns, values = batch["returns"], agent.value(batch["privileged"])
-    value_loss = (returns - values).square()  # Eq. 14
-    if args.clip_value_loss:
-        clipped_values = batch["values"] + (values - batch["values"]).clamp(-args.clip_coef, args.clip_coef)
-        value_loss = torch.maximum(value_loss, (returns - clipped_values).square())
-    value_loss = value_loss.mean()
+def value_loss(value, batch, args):
+    """Eq. 14, with PPO's clipping on demand: [B] -> []"""
+    loss, old = (batch["returns"] - value).square(), batch["values"]
+    if args.clip_vloss:
+        clipped = old + (value - old).clamp(-args.clip_coef, args.clip_coef)
+        loss = torch.maximum(loss, (batch["returns"] - clipped).square())
+    return loss.mean()
+
+
+def policy_change(log_ratio, policy, batch, args):
+    """How far the policy is from the one that acted: statistics []."""
     low, high = ratio_bounds(args)
-    pg_loss = policy_loss(ratio, batch["targets"], batch["advantages"], args.tv_coef).mean()
-    mean_median_loss = torch.zeros_like(pg_loss)
-    if args.use_median:
-        medians = agent.median(batch["privileged"])
-        mean_median_loss = median_loss(returns, medians, low, high, batch["temperatures"]).mean()
-    loss = pg_loss + args.value_coef * value_loss + args.median_coef * mean_median_loss - args.ent_coef * entropy
-    stats = {
-        "losses/policy_loss": pg_loss,
-        "losses/value_loss": value_loss,
-        "losses/median_loss": mean_median_loss,
-        "losses/entropy": entropy,
-        "losses/approx_kl": (ratio - 1 - log_ratio).mean(),
-        "losses/kl": kl_divergence(batch["means"], batch["log_stds"], mean, agent.log_std).mean(),
-        "losses/clipfrac": ((ratio < low) | (ratio > high)).float().mean(),
-    }
-    return loss, stats
+    ratio, relative_var = log_ratio.exp(), (batch["stds"] / policy.stddev).square()
+    kl = 0.5 * (((batch["means"] - policy.mean) / policy.stddev).square() + relative_var - 1 - relative_var.log())
+    clipfrac = ((ratio < low) | (ratio > high)).float().mean()
+    return {"approx_kl": (ratio - 1 - log_ratio).mean(), "kl": kl.sum(-1).mean(), "clipfrac": clipfrac}
 
 
-def minibatch_gradient(agent, parameters, batch, learning_rate, args):
-    """The clipped gradient of all parameters as one vector, the statistics stacked, and their names.
+# --- the agent
 
-    batch is a dict of tensors [B, ...]. The function is a pure tensor program, so it compiles into one graph. With the
-    adaptive schedule it moves learning_rate[] as RSL-RL does.
+
+class InBfloat16(nn.Sequential):
+    """Layers that compute in bfloat16; weights, input and output keep their type."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x).to(x.dtype)
+
+
+def mlp(inputs, outputs, args):
+    """Layers with ELU between them, as in RSL-RL; the output starts near 0, and is in float32."""
+    sizes, layers = [inputs, *args.hidden_sizes], []
+    for before, after in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(before, after), nn.ELU()]
+    output = nn.Linear(sizes[-1], outputs)
+    nn.init.orthogonal_(output.weight, 0.01)
+    nn.init.zeros_(output.bias)
+    return nn.Sequential(*([InBfloat16(*layers)] if args.bf16 else layers), output)
+
+
+def critic(inputs, args):
+    return mlp(inputs, 1, args).append(nn.Flatten(-2))  # drops the last axis: [..., inputs] -> [...]
+
+
+class RunningNormalizer(nn.Module):
+    """Mean and variance of all samples seen so far, merged batch by batch (Chan et al., 1983)."""
+
+    def __init__(self, size, min_std=0.0):
+        super().__init__()
+        self.min_std = min_std
+        for name, value in (("mean", 0.0), ("var", 1.0), ("count", 0.0)):
+            self.register_buffer(name, torch.full((size,), value, dtype=torch.float64))
+
+    def update(self, samples):
+        """samples[B, size], B >= 1"""
+        samples, new = samples.double(), len(samples)
+        delta, total = samples.mean(0) - self.mean, self.count + new
+        m2 = self.var * self.count + samples.var(0, correction=0) * new
+        self.var.copy_((m2 + delta**2 * self.count * new / total) / total)
+        self.mean += delta * new / total
+        self.count += new
+
+    def std(self):
+        return (self.var + 1e-8).sqrt().clamp(min=self.min_std).float()
+
+    def forward(self, x):
+        return ((x - self.mean.float()) / self.std()).clamp(-10, 10)
+
+
+class Agent(nn.Module):
+    """A policy of normalised observations, critics of normalised privileged ones, and what belongs to them."""
+
+    def __init__(self, obs_size, privileged_size, action_low, action_high, args):
+        super().__init__()
+        self.policy = mlp(obs_size, len(action_low), args)
+        self.std = nn.Parameter(torch.full((len(action_low),), args.init_std))  # not its logarithm, as in RSL-RL
+        self.value = critic(privileged_size, args)
+        self.median = critic(privileged_size, args) if args.median_network == "separate" else self.value
+        self.norm_obs = args.norm_obs
+        self.obs_stats, self.privileged_stats = RunningNormalizer(obs_size), RunningNormalizer(privileged_size)
+        bounds = torch.as_tensor(action_low), torch.as_tensor(action_high)
+        self.register_buffer("action_bounds", torch.stack(bounds).float())
+
+    def forward(self, obs):
+        """The Gaussian policy: obs[..., O] -> Normal[..., A]"""
+        return Normal(self.policy(obs), self.std, validate_args=False)
+
+    def normalize(self, obs):
+        return self.obs_stats(obs) if self.norm_obs else obs
+
+    def normalize_privileged(self, privileged):
+        return self.privileged_stats(privileged) if self.norm_obs else privileged
+
+    def to_env(self, action):
+        """The policy's action as the simulator takes it, a tensor on the same device: [..., A] -> [..., A]"""
+        return action.clamp(*self.action_bounds)
+
+
+# --- the simulators
+
+
+def find_device(args):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda needs a GPU and a CUDA build of PyTorch: there is none here, pass --device cpu")
+    return torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def make_envs(args, num_envs, key, render=False):
+    """A simulator with seeds drawn from key, its observation and action space; BadInput if the task does not fit.
+
+    It is called as Gymnasium's vector environments are, with tensors on find_device(args). info has privileged[N, P],
+    what the critics see, and logs, name -> number or tensor[]. reset(stagger=True) lets time limits cut first episodes
+    at random lengths. next_step tells when it resets: on the step after an episode's end, a dummy whose action is
+    ignored, or, if False, within the step that ended it, whose observation is then the next episode's.
     """
+    seeds = (np.random.SeedSequence(key).generate_state(num_envs) & 0x7FFFFFFF).tolist()  # EnvPool wants int32
+    simulators = {
+        "Mjlab-": (mjlab_envs, "pip install -r requirements-mjlab.txt"),
+        "Isaac-": (isaac_envs, "see isaac-sim.github.io/IsaacLab"),
+        "": (EnvPool, "pip install -r requirements.txt"),
+    }
+    make, install = next(x for prefix, x in simulators.items() if args.env_id.startswith(prefix))
+    try:
+        envs = make(args, seeds, render)
+    except ImportError as error:
+        raise BadInput(f"the simulator of {args.env_id} is not installed ({error}): {install}") from None
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
+            raise
+        raise BadInput(f"{num_envs} environments of {args.env_id} do not fit into memory: lower --num-envs") from None
+    return envs, envs.obs_space, envs.action_space
+
+
+def unknown_task(args, simulator, known):
+    """A BadInput with the names that hold what was typed, shorter ones first, else those spelt like it."""
+    typed, names = args.env_id.lower(), {x.lower(): x for x in known}
+    found = sorted((x for x in names if typed in x), key=lambda x: (not x.startswith(typed), len(x)))
+    close = ", ".join(names[x] for x in found[:8] or difflib.get_close_matches(typed, names, 3))
+    return BadInput(f"{simulator} has no task {args.env_id}" + f": did you mean {close}?" * bool(close))
+
+
+class EnvPool:
+    """EnvPool's tasks, MuJoCo Playground's robots among them, on the CPU. They have no curriculum."""
+
+    next_step, fps = True, 50  # Playground's robots act every 0.02 s
+
+    def __init__(self, args, seeds, render):
+        import envpool
+
+        gym.logger.min_level = gym.logger.ERROR  # old task versions are asked for on purpose
+        if args.env_id not in (known := envpool.list_all_envs()):
+            raise unknown_task(args, "EnvPool", known)
+        spec = envpool.make_spec(args.env_id)
+        obs_space, self.action_space = spec.gymnasium_observation_space, spec.gymnasium_action_space
+        self.obs_space, privileged = states(dict(obs_space) if isinstance(obs_space, gym.spaces.Dict) else obs_space)
+        for x, name in ((self.obs_space, "observation"), (privileged, "observation"), (self.action_space, "action")):
+            if not isinstance(x, gym.spaces.Box) or len(x.shape) != 1:
+                raise BadInput(f"{args.env_id} has no flat Box {name}, which this script needs")
+        if f"MuJoCoPlayground/{args.env_id.removeprefix('MuJoCoPlayground/')}" in known:
+            # Playground itself clips no action. If they were clipped, a policy would be rid of its noise by aiming far
+            # beyond the bounds, and stand as stiff as a statue.
+            self.action_space = gym.spaces.Box(-np.inf, np.inf, self.action_space.shape, self.action_space.dtype)
+        picture = dict(render_mode="rgb_array", render_width=512, render_height=384, render_camera_id=0)
+
+        def make(num_envs):
+            options = dict(num_envs=num_envs, num_threads=min(num_envs, torch.get_num_threads()))
+            options |= dict(env_type="gymnasium", seed=seeds[:num_envs]) | (picture if render else {})
+            return envpool.make(args.env_id, **options)
+
+        check_memory(args, len(seeds), make)
+        self.envs, self.device, self.privileged_size = make(len(seeds)), find_device(args), privileged.shape[0]
+        assert self.envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
+        self.time_limit, self.rng = spec.config.max_episode_steps, np.random.default_rng(seeds)
+        self.close, self.render = self.envs.close, lambda: self.envs.render()[0]
+        if render:
+            import mujoco
+
+            self.gl_context = mujoco.GLContext(512, 384)  # EnvPool draws into the current one
+            self.gl_context.make_current()
+
+    def reset(self, stagger=False, steps=0):
+        obs, info = self.envs.reset()
+        size = len(info["elapsed_step"])
+        # Nobody can set EnvPool's clocks, so first episodes are cut: truncated, and reset after the dummy step.
+        self.cut, self.cut_at = np.zeros(size, bool), np.full(size, -1)
+        if stagger:
+            self.cut_at = self.rng.integers(1, max(self.time_limit, 2), size)
+        return self.observe(states(obs), info, ~self.cut)
+
+    def step(self, action):
+        action = action.cpu().numpy().astype(self.action_space.dtype)
+        obs, rewards, terminated, truncated, info = self.envs.step(action)
+        obs, real = states(obs), (info["elapsed_step"] > 0) & ~self.cut  # not the dummy step that resets
+        if self.cut.any():
+            first, _ = self.envs.reset(self.cut.nonzero()[0].astype(np.int32))
+            for x, new in zip(obs, states(first)):
+                x[self.cut] = new
+            rewards[self.cut] = terminated[self.cut] = truncated[self.cut] = 0
+        self.cut = (info["elapsed_step"] == self.cut_at) & ~terminated & ~truncated
+        self.cut_at[self.cut | terminated | truncated] = -1
+        results = (torch.from_numpy(x).to(self.device) for x in (rewards, terminated, truncated | self.cut))
+        obs, info = self.observe(obs, info, real)
+        return obs, *results, info
+
+    def observe(self, obs, info, rows):
+        state, privileged = (torch.from_numpy(x).to(self.device, torch.float32) for x in obs)
+        terms = [name for name in info if name.startswith("reward_")] if rows.any() else []
+        logs = {name.replace("_", "s/", 1): info[name][rows].mean() for name in terms}
+        return state, {"privileged": privileged, "logs": logs}
+
+
+def states(obs):
+    """What EnvPool's observation, or its space, holds for the policy and for the critics."""
+    obs = obs if isinstance(obs, dict) else {"state": obs}
+    return obs.get("state"), obs.get("privileged_state", obs.get("state"))
+
+
+def check_memory(args, num_envs, make):
+    """BadInput if num_envs environments need more memory than is free, judged by making five (Linux only)."""
+    if sys.platform != "linux" or num_envs <= 16:
+        return
+
+    def used():
+        ctypes.CDLL(None).malloc_trim(0)  # hands back what was only needed to load the task
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    shared = make(1)  # what all environments share comes with the first
+    before = used()
+    more = make(4)
+    each = max(used() - before, 4) / 4
+    del shared, more
+    used()
+    free = free_memory()
+    if num_envs > (fits := max(int(0.9 * free / each), 1)):
+        needed = f"{num_envs} environments of {args.env_id} need {num_envs * each / 1e9:.1f} GB"
+        raise BadInput(f"{needed}, but {free / 1e9:.1f} GB are free: pass --num-envs {fits} or less")
+
+
+def free_memory(proc="/proc", groups="/sys/fs/cgroup"):
+    """Bytes free on the machine and within the limits that a container, Slurm or systemd has set (Linux, cgroup v2)."""
+    free = [1024 * int(re.search(r"MemAvailable: *(\d+)", Path(proc, "meminfo").read_text())[1])]
+    for path in re.findall("^0::/(.*)", Path(proc, "self/cgroup").read_text(), re.MULTILINE):
+        for folder in (Path(groups, path), *Path(groups, path).parents):
+            limit = (folder / "memory.max").read_text() if (folder / "memory.max").exists() else "max"
+            if limit.strip() != "max":
+                cache = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)[1]
+                free.append(int(limit) - int((folder / "memory.current").read_text()) + int(cache))
+    return min(free)
+
+
+def mjlab_envs(args, seeds, render):
+    """mjlab's tasks (MuJoCo-Warp)."""
+    if sys.platform == "linux":  # read when mujoco is imported, which needs no OpenGL if it is disabled
+        os.environ.setdefault("MUJOCO_GL", "egl" if render else "disable")
+    import mjlab.tasks  # noqa: F401 (registers the tasks)
+    from mjlab.envs import ManagerBasedRlEnv
+    from mjlab.tasks.registry import list_tasks, load_env_cfg
+
+    if args.env_id not in list_tasks():
+        raise unknown_task(args, "mjlab", list_tasks())
+    cfg = load_env_cfg(args.env_id)
+    cfg.scene.num_envs, cfg.seed = len(seeds), seeds[0]
+    if any(getattr(command, "motion_file", None) == "" for command in cfg.commands.values()):
+        raise BadInput(f"{args.env_id} follows a recorded motion, which this script cannot load: pass another task")
+    with redirect_stdout(io.StringIO()) as printed:  # pages of tables
+        env = ManagerBasedRlEnv(cfg, str(find_device(args)), render_mode="rgb_array" if render else None)
+        envs = ManagerBased(args, env, "actor")
+    for line in printed.getvalue().splitlines():
+        if line.startswith("[WARNING]"):  # of a driver too old for CUDA graphs, which would be slow
+            print(line, file=sys.stderr)
+    return envs
+
+
+@functools.cache
+def launch_isaac(device, cameras):
+    """Starts Isaac Sim, which a process can do once."""
+    from isaaclab.app import AppLauncher
+
+    return AppLauncher(headless=True, device=device, enable_cameras=cameras)
+
+
+def isaac_envs(args, seeds, render):
+    """Isaac Lab's tasks, by its published interface. Untested: it needs Isaac Sim."""
+    device = str(find_device(args))
+    launch_isaac(device, render)
+    import isaaclab_tasks  # noqa: F401 (registers the tasks)
+    import omni.usd
+    from isaaclab_tasks.utils import parse_env_cfg
+
+    if args.env_id not in gym.registry:
+        raise unknown_task(args, "Isaac Lab", gym.registry)
+    cfg = parse_env_cfg(args.env_id, device=device, num_envs=len(seeds))
+    cfg.seed = seeds[0]
+    omni.usd.get_context().new_stage()  # without what an earlier simulator left
+    env = gym.make(args.env_id, cfg=cfg, render_mode="rgb_array" if render else None).unwrapped
+    return ManagerBased(args, env, "policy")
+
+
+class ManagerBased:
+    """The interface that mjlab shares with Isaac Lab, as make_envs describes it; group: the policy's observations."""
+
+    next_step = False
+
+    def __init__(self, args, env, group):
+        self.env, self.group, self.fps = env, group, round(1 / env.step_dt)
+        self.render, self.close = env.render, env.close
+        obs, _ = env.reset()
+        if more := ", ".join(obs.keys() - {group, "critic"}):
+            raise BadInput(f"{args.env_id} has observations that this script cannot use ({more}): pass another task")
+        state, privileged = obs[group], obs.get("critic", obs[group])
+        if not all(isinstance(x, torch.Tensor) and x.ndim == 2 for x in (state, privileged)):
+            raise BadInput(f"{args.env_id} has no flat observation, which this script needs")
+        self.obs_space = gym.spaces.Box(-np.inf, np.inf, (state.shape[1],))
+        self.privileged_size = privileged.shape[1]
+        self.action_space = gym.spaces.Box(-np.inf, np.inf, env.single_action_space.shape)
+
+    def reset(self, stagger=False, steps=0):
+        self.env.common_step_counter = steps
+        obs, extras = self.env.reset()
+        if stagger:
+            clocks, limit = self.env.episode_length_buf, int(self.env.max_episode_length)
+            self.env.episode_length_buf = torch.randint_like(clocks, 1, max(limit, 2))
+        return self.observe(obs, extras)
+
+    def step(self, action):
+        obs, *results, extras = self.env.step(action)  # rewards, terminated, truncated
+        obs, info = self.observe(obs, extras)
+        return obs, *results, info
+
+    def observe(self, obs, extras):
+        logs = {name.replace("Episode_Reward/", "rewards/"): x for name, x in extras.get("log", {}).items()}
+        return obs[self.group], {"privileged": obs.get("critic", obs[self.group]), "logs": logs}
+
+
+# --- training
+
+
+def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
+    """Generalised advantage estimation (Schulman et al., 2015), bootstrapping through truncation.
+
+    rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
+    values[t+1] must be the value of the observation that step t returned, also where an episode ended.
+    """
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
+    decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
+    advantages, trace = torch.empty_like(deltas), torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = trace = deltas[t] + decay[t] * trace
+    return advantages, advantages + values[:-1]
+
+
+def require_finite(x, name, args):
+    if not x.isfinite().all():
+        raise BrokenRun(f"{args.env_id} returned {name} that are no finite float32")
+
+
+@torch.inference_mode()
+def collect(agent, envs, state, args):
+    """T steps from state, which is updated: the rollout, tensors [T, N, ...], and the means of the simulator's logs.
+
+    valid is False where a step is a dummy, see make_envs. privileged has T + 1 rows.
+    """
+    device, rows, history = state.obs.device, [], []
+    # Drawn on the CPU, whose generator is in the checkpoint, so that a run may go on elsewhere.
+    noise = agent.std * torch.randn(args.num_steps, args.num_envs, len(agent.std)).to(device)
+    for t in range(args.num_steps):
+        means, valid = agent.policy(agent.normalize(state.obs)), ~state.done
+        row = dict(obs=state.obs.clone(), privileged=state.privileged.clone(), means=means, actions=means + noise[t])
+        state.obs, rewards, terminated, truncated, info = envs.step(agent.to_env(row["actions"]))
+        state.privileged, state.done = info["privileged"], (terminated | truncated) & envs.next_step
+        row |= dict(rewards=rewards.float() * valid, terminated=terminated & valid, truncated=truncated & valid)
+        rows.append(row | dict(valid=valid))
+        history.append(info["logs"])
+    rollout = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    rollout["privileged"] = torch.cat([rollout["privileged"], state.privileged[None]])
+    for name in ("rewards", "obs", "privileged"):
+        require_finite(rollout[name], name, args)
+    return rollout, {name: mean_log(name, history, device) for name in state.log_names}
+
+
+def mean_log(name, history, device):
+    """Mean over the steps that have logged it; NaN if none has, as where no episode ended."""
+    found = [torch.as_tensor(logs[name], dtype=torch.float32, device=device) for logs in history if name in logs]
+    return torch.stack(found).mean().item() if found else math.nan
+
+
+def finished_episodes(rollout, state):
+    """Rows (step, return, length) of the episodes that ended in the rollout; state, which is updated, has their begin.
+
+    A first one that its time limit ended is none: it was cut, see make_envs.
+    """
+    names = "rewards", "valid", "terminated", "truncated"
+    rewards, valid, terminated, truncated = (rollout[name].cpu().numpy() for name in names)
+    steps, episodes = state.step + valid.sum(1).cumsum(), []
+    returns, lengths = state.returns + rewards.cumsum(0, dtype=np.float64), state.lengths + valid.cumsum(0)
+    for t, n in zip(*(terminated | truncated).nonzero()):
+        if terminated[t, n] or not state.cut[n]:
+            episodes.append((int(steps[t]), float(returns[t, n]), int(lengths[t, n])))
+        returns[t:, n] -= returns[t, n]
+        lengths[t:, n] -= lengths[t, n]
+        state.cut[n] = False
+    state.step, state.returns, state.lengths = int(steps[-1]), returns[-1], lengths[-1]
+    return episodes
+
+
+@torch.no_grad()
+def prepare(agent, rollout, next_step, args):
+    """The rollout as samples, tensors [B, ...], without dummies. They stay as they are for all epochs."""
+    obs, privileged = agent.normalize(rollout["obs"]), agent.normalize_privileged(rollout["privileged"])
+    rewards, values = rollout["rewards"], agent.value(privileged)
+    terminated, truncated = rollout["terminated"], rollout["truncated"]
+    if not next_step:  # the next row is another episode's: as in RSL-RL V(s_t) stands in for V(s_t+1) at a time limit
+        rewards = rewards + args.gamma * values[:-1] * (truncated & ~terminated)
+        terminated = terminated | truncated
+    _, returns = compute_gae(rewards, values, terminated, truncated, args.gamma, args.gae_lambda)
+    privileged, actions, means = privileged[:-1], rollout["actions"], rollout["means"]
+    policy = Normal(means, agent.std, validate_args=False)
+    batch = dict(obs=obs, privileged=privileged, actions=actions, returns=returns, values=values[:-1])
+    batch |= dict(means=means, stds=policy.stddev, log_probs=policy.log_prob(actions).sum(-1))
+    batch["medians"] = agent.median(privileged)
+    batch = {name: x[rollout["valid"]] for name, x in batch.items()}
+    return batch | measure_advantages(batch["returns"], batch["values"], batch["medians"], args)
+
+
+def minibatch_gradient(agent, batch, args):
+    """The clipped gradient of all parameters as one vector, and the statistics. It compiles into one graph."""
     loss, stats = minibatch_loss(agent, batch, args)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-    stats["losses/grad_norm"] = norm = gradient.norm()
-    if args.lr_schedule == "adaptive":
-        kl, lr = stats["losses/kl"].detach(), learning_rate
-        lower, higher = (lr / 1.5).clamp(min=1e-5), (lr * 1.5).clamp(max=1e-2)
-        lr = torch.where(kl > 2 * args.desired_kl, lower, torch.where(kl < args.desired_kl / 2, higher, lr))
-        learning_rate.copy_(lr)
-    clipped = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-    return clipped, torch.stack([x.detach() for x in stats.values()]), list(stats)
+    gradients = torch.autograd.grad(loss, list(agent.parameters()))
+    norm = torch.stack([x.norm() for x in gradients]).norm()
+    clip = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    stats = {name: x.detach() for name, x in stats.items()} | {"grad_norm": norm}
+    return torch.cat([(x * clip).flatten() for x in gradients]), stats
 
 
-def ratio_statistics(ratio, low, high):
-    """Figure 7: mean and standard deviation of the ratios [B] above and below 1, and the fraction out of bounds."""
-    stats = {"ratio/out_of_bounds": ((ratio < low) | (ratio > high)).float().mean().item()}
-    for name, side in (("high", ratio[ratio >= 1]), ("low", ratio[ratio <= 1])):
-        stats[f"ratio/{name}_mean"] = side.mean().item() if len(side) else 1.0
-        stats[f"ratio/{name}_std"] = side.std(correction=0).item() if len(side) else 0.0
-    return stats
+def update(agent, optimizer, gradient_function, batch, args):
+    """Epochs of gradient steps; returns the mean of each statistic over all minibatches."""
+    (group,), history, samples = optimizer.param_groups, [], len(batch["obs"])
+    (parameters,) = group["params"]
+    # The same minibatches in all epochs, as in RSL-RL. The last is topped up from the first, so that all have one size.
+    places = torch.arange(args.num_envs * args.num_steps) % samples
+    order = torch.randperm(samples)[places].to(parameters.device).view(args.num_minibatches, -1)
+    minibatches = [{name: x[part] for name, x in batch.items()} for part in order]
+    for _ in range(args.update_epochs):
+        for minibatch in minibatches:
+            parameters.grad, stats = gradient_function(agent, minibatch, args)
+            if args.lr_schedule == "adaptive":
+                group["lr"].copy_(adaptive_learning_rate(group["lr"], stats["kl"], args.desired_kl))
+            optimizer.step()
+            agent.std.data.clamp_(min=0.01)
+            history.append(stats | {"lr": group["lr"].clone()})
+    means = {name: torch.stack([x[name] for x in history]).mean().item() for name in history[0]}
+    lr = means.pop("lr")
+    return {f"losses/{name}": x for name, x in means.items()} | {"charts/learning_rate": lr}
 
 
-def improvement_bound(ratio, batch, args):
-    """Corollary 4.4 per step, over the samples [B] of pi_0: guaranteed gain, divergence left, and their difference."""
-    target, advantages = batch["targets"], batch["advantages"] * batch["temperatures"] / args.temperature
-    gain = ((target - 1) * batch["median_advantages"]).mean()
-    divergence = ((target - ratio).abs() * advantages.abs()).mean()
-    bound = {"guaranteed_gain": gain, "atv_divergence": divergence, "improvement_bound": gain - divergence}
-    return {f"theory/{name}": value.item() for name, value in bound.items()}
+def adaptive_learning_rate(lr, kl, desired_kl):
+    """RSL-RL's rule, tensors []: KL above twice the goal slows down by 1.5, KL below half of it speeds up by 1.5."""
+    slower, faster = (lr / 1.5).clamp(min=1e-5), (lr * 1.5).clamp(max=1e-2)
+    return torch.where(kl > 2 * desired_kl, slower, torch.where(kl < desired_kl / 2, faster, lr))
 
 
-def to_env(action, space):
-    """The policy's output [N, A] as the simulator takes it: a NumPy array, clipped to the action space."""
-    return np.clip(action.numpy(), space.low, space.high).astype(space.dtype)
+@torch.no_grad()
+def measure(agent, batch, args):
+    """Statistics of all samples [B]: the ratios after the update (Figure 7), the fit of the values before it."""
+    low, high = ratio_bounds(args)
+    ratio = (agent(batch["obs"]).log_prob(batch["actions"]).sum(-1) - batch["log_probs"]).exp()
+    stats = {"ratio/out_of_bounds": ((ratio < low) | (ratio > high)).float().mean()}
+    for name, chosen in (("high", ratio >= 1), ("low", ratio <= 1)):
+        side = ratio[chosen] if chosen.any() else torch.ones(1)
+        stats |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
+    error, returns = batch["returns"] - batch["values"], batch["returns"]
+    unexplained = error.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    stats |= {"losses/explained_variance": 1 - unexplained, "charts/std": agent.std.mean()}
+    advantage, median_advantage, scale = batch["advantages"], batch["median_advantages"], batch["scales"]
+    target = target_ratio(median_advantage / scale, low, high, args.temperature)
+    # Corollary 4.4: the policy improves by at least the gain of the target less the distance from it.
+    gain, atv = ((target - 1) * median_advantage).mean(), policy_loss(ratio, target, advantage, 0.0).mean()
+    stats |= {"theory/guaranteed_gain": gain, "theory/atv_divergence": atv, "theory/improvement_bound": gain - atv}
+    return {name: x.item() for name, x in stats.items()}
 
 
-def evaluate(agent, args, deterministic, seed):
-    """Returns [args.eval_episodes], one episode in each of as many environments; the normaliser stays frozen."""
-    envs, *_ = make_envs(args, args.eval_episodes, seed)
-    (obs, _), _ = envs.reset()
-    returns = torch.zeros(len(obs), dtype=torch.float64, device=obs.device)
-    running = torch.ones(len(obs), dtype=bool, device=obs.device)
-    while running.any():
-        with torch.inference_mode():
-            action = agent.policy(agent.normalize(obs))
-            action += 0 if deterministic else agent.log_std.exp() * torch.randn_like(action)
-        (obs, _), reward, terminated, truncated, _ = envs.step(action)
-        returns += reward * running
-        running &= ~(terminated | truncated)
-    envs.close()
-    return returns.cpu().numpy()
-
-
-def film(agent, args, folder):
-    """Films one deterministic episode as MP4 into the folder, through MuJoCo's renderer, which needs no screen."""
-    os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
-    try:
-        import imageio
-
-        envs, *_ = make_envs(args, 1, args.seed, render=True)
-        (obs, _), _ = envs.reset()
-        folder.mkdir(exist_ok=True)
-        every = max(envs.fps // 25, 1)  # steps per picture
-        with imageio.get_writer(folder / "episode.mp4", fps=envs.fps / every) as video:
-            done, frame = False, 0
-            while not done:
-                if frame % every == 0:
-                    video.append_data(np.asarray(envs.render()))
-                with torch.inference_mode():
-                    (obs, _), _, terminated, truncated, _ = envs.step(agent.policy(agent.normalize(obs)))
-                done, frame = bool(terminated | truncated), frame + 1
-        envs.close()
-    except Exception as error:  # drivers, codecs, unknown tasks: many kinds, none of which may hide the evaluation
-        raise SystemExit(f"error: cannot film {args.env_id}: {' '.join(str(error).split())}") from None
-
-
-def report(agent, args, run_dir):
-    """Evaluates both ways, prints the returns and writes them to run_dir/evaluation.json."""
-    results = {}
-    for name in ("deterministic", "stochastic"):
-        returns = evaluate(agent, args, name == "deterministic", (args.seed + 10_000) % 2**31)
-        results[name] = {"mean": returns.mean(), "std": returns.std(), "returns": returns.tolist()}
-        print(f"evaluation, {name}: {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
-    write_atomically(run_dir / "evaluation.json", json.dumps(results, indent=2).encode())
-    return results
-
-
-def write_atomically(path, content):
-    """Writes bytes to a temporary file, then renames it, so that path never holds half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name without the content
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def to_bytes(state):
-    """What torch.save writes."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def load_run(run_dir, name, device):
-    """Args and checkpoint `name` of a run; BadInput if they are missing, damaged or not this script's."""
-    try:
-        about = json.loads((run_dir / "args.json").read_text())
-        device = "cpu" if device == "auto" and about["device"] == "cpu" else device  # where the run was
-        settings = about["args"] | {"compile": False, "device": device}
-        settings["hidden_sizes"] = tuple(settings["hidden_sizes"])
-        args = Args(**settings)
-        check_args(args)
-        checkpoint = torch.load(run_dir / name, weights_only=True, map_location=find_device(args))
-        script, env_id = checkpoint["script"], checkpoint["env_id"]
-    except BadInput:
-        raise
-    except OSError as error:
-        raise BadInput(f"cannot read {error.filename}: pass the folder of a run that has saved a checkpoint") from None
-    except Exception as error:
-        raise BadInput(f"{run_dir} holds no readable run of this script: {type(error).__name__}") from None
-    if (script, env_id) != (SCRIPT, args.env_id):
-        raise BadInput(f"{run_dir / name} was made by {script} on {env_id}: it does not belong here")
-    return args, checkpoint
-
-
-def check_same_settings(asked, args):
-    """BadInput if a setting was asked for that the run does not have."""
-    for field in dataclasses.fields(Args):
-        value = getattr(asked, field.name)
-        if field.name not in ("resume", "evaluate") and value not in (field.default, getattr(args, field.name)):
-            raise BadInput(
-                f"the settings are the run's, and cannot be changed: leave out --{field.name.replace('_', '-')}"
-            )
-
-
-def load_agent(agent, checkpoint, run_dir):
-    """Loads the weights and normalisers into the agent; BadInput if they do not fit."""
-    try:
-        agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError:
-        raise BadInput(f"the weights in {run_dir} do not fit its args.json or the task") from None
-
-
-def trim(path, step):
-    """Drops the rows of a CSV file that were written after `step`, or only half written."""
-    lines = path.read_text().splitlines(keepends=True)
-    rows = [x for x in lines[1:] if x.endswith("\n") and x.count(",") == lines[0].count(",")]
-    rows = [x for x in rows if int(x.split(",", 1)[0]) <= step]
-    write_atomically(path, "".join(lines[:1] + rows).encode())
-
-
-def make_run_dir(args):
-    """Makes the run's folder, with args.json; BadInput if that is not possible."""
-    run_dir = Path(args.output_dir) / f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    modules = [x for x in ("torch", "gymnasium", "envpool", "mjlab", "isaaclab", "numpy") if x in sys.modules]
-    about = {"script": SCRIPT, "args": dataclasses.asdict(args), "commit": commit, "python": sys.version.split()[0]}
-    about["versions"] = {name: importlib.metadata.version(name) for name in modules}
-    about["device"] = torch.cuda.get_device_name() if find_device(args).type == "cuda" else "cpu"
-    try:
-        run_dir.mkdir(parents=True)
-        write_atomically(run_dir / "args.json", json.dumps(about, indent=2).encode())
-    except OSError as error:
-        raise BadInput(f"cannot write to {run_dir}: {error.strerror}; choose another --output-dir") from None
-    return run_dir
+def make_optimizer(agent, args):
+    """Adam on one vector, in the order of minibatch_gradient's, that all parameters become views of: for speed."""
+    parameters = list(agent.parameters())
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(flat.data, parameters)
+    lr = torch.tensor(args.learning_rate, device=flat.device)  # a tensor, so that schedules can change it in place
+    return torch.optim.Adam([flat], lr=lr, fused=True)
 
 
 def train(args):
-    """Trains an agent and returns its run's folder; BadInput before anything is created."""
-    checkpoint = None
-    if args.resume is not None:
-        asked, run_dir = args, Path(args.resume)
-        args, checkpoint = load_run(run_dir, "checkpoint.pt", args.device)
-        if checkpoint["device"] != find_device(args).type:
-            raise BadInput(f"{run_dir} was trained on {checkpoint['device']}: it can be resumed there only")
-        args.compile = asked.compile  # depends on the machine, not on the run
-        if checkpoint["step"] >= args.total_timesteps and (run_dir / "evaluation.json").exists():
-            raise BadInput(f"{run_dir} is complete: to train on, raise total_timesteps in its args.json")
-        check_same_settings(asked, args)
-    check_args(args)
-    if args.track:
-        import wandb
-
-        if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-            raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
-    step = checkpoint["step"] if checkpoint else 0
-    device = find_device(args)
+    """Trains an agent and returns its run's folder. BadInput before anything is created, BrokenRun, SystemExit."""
     torch.set_float32_matmul_precision(args.matmul_precision)
-    num_steps, num_envs = args.num_steps, args.num_envs
-    simulator_seed = ((args.seed + 1) * num_envs + step) % 2**31  # EnvPool adds an environment's index
-    envs, obs_size, privileged_size, action_size = make_envs(args, num_envs, simulator_seed)
-    torch.manual_seed(args.seed)
-    agent = Agent(obs_size, privileged_size, action_size, args).to(device)
-    torch.manual_seed(simulator_seed)  # mjlab and Isaac Lab draw from the global generators
-    generator = torch.Generator(device).manual_seed(args.seed)
+    with Run(args) as run:
+        run.load()
+        envs, obs_space, action_space = make_envs(args, args.num_envs, [args.seed, run.step])
+        torch.default_generator.manual_seed(args.seed)  # the CPU's alone, and only now: mjlab has seeded all
+        sizes = obs_space.shape[0], envs.privileged_size
+        agent = Agent(*sizes, action_space.low, action_space.high, args).to(find_device(args))
+        optimizer, gradient_function = make_optimizer(agent, args), compiled(minibatch_gradient, args)
+        obs, info = envs.reset(stagger=True, steps=run.step // args.num_envs)
+        require_finite(obs, "obs", args)
+        run.begin(agent=agent, optimizer=optimizer)  # restores both, or makes the folder: all is known to fit by now
+        group = optimizer.param_groups[0]
+        group["lr"] = group["lr"].to(obs.device)  # restored on the CPU; the adaptive schedule would wait for it
+        state = SimpleNamespace(step=run.step, obs=obs, privileged=info["privileged"], log_names=list(info["logs"]))
+        state.done = torch.zeros(args.num_envs, dtype=bool, device=obs.device)
+        state.cut, (state.returns, state.lengths) = np.ones(args.num_envs, bool), np.zeros((2, args.num_envs))
+        while state.step < args.total_timesteps and not run.stopping:
+            if args.lr_schedule == "linear":
+                group["lr"].fill_(args.learning_rate * (1 - state.step / args.total_timesteps))
+            rollout, logs = collect(agent, envs, state, args)
+            episodes = finished_episodes(rollout, state)
+            batch = prepare(agent, rollout, envs.next_step, args)
+            metrics = update(agent, optimizer, gradient_function, batch, args) | measure(agent, batch, args)
+            agent.obs_stats.update(rollout["obs"][rollout["valid"]])  # only now: the update sees what acting saw
+            agent.privileged_stats.update(rollout["privileged"][:-1][rollout["valid"]])
+            run.log(state.step, episodes, metrics | logs)
+        envs.close()
+        return run.finish(state.step)
 
-    # All parameters are views of one vector, so that clipping and Adam are one operation each.
-    parameters = list(agent.parameters())
-    flat = nn.utils.parameters_to_vector(parameters).detach()
-    nn.utils.vector_to_parameters(flat, parameters)
-    optimizer = torch.optim.Adam([flat], lr=torch.tensor(args.learning_rate, device=device), fused=True)
-    if checkpoint:
-        load_agent(agent, checkpoint, run_dir)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["rng_state"].cpu())
-    learning_rate = optimizer.param_groups[0]["lr"]
-    gradient_function = minibatch_gradient
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True
-        torch.compiler.reset()  # drops the graph of an earlier run in this process
-        gradient_function = torch.compile(minibatch_gradient, fullgraph=True)
 
-    if not checkpoint:
-        run_dir = make_run_dir(args)
-        (run_dir / "episodes.csv").write_text("step,return,length\n")
-        (run_dir / "metrics.csv").touch()
-    for name in ("agent.pt", "evaluation.json"):  # of a run that was complete, and goes on
-        (run_dir / name).unlink(missing_ok=True)
-    if args.track:
-        settings = dict(config=dataclasses.asdict(args), dir=run_dir, id=run_dir.name, name=run_dir.name)
-        wandb.init(project=args.wandb_project, resume="allow", sync_tensorboard=True, **settings)
-    trim(run_dir / "episodes.csv", step)
-    trim(run_dir / "metrics.csv", step)
-    episodes_file, metrics_file = (run_dir / "episodes.csv").open("a"), (run_dir / "metrics.csv").open("a")
-    columns = (run_dir / "metrics.csv").read_text().partition("\n")[0].split(",")[1:]
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in dataclasses.asdict(args).items()))
-    kept = f"go on with: python {SCRIPT}.py --resume {run_dir}"
+# --- running: folders, logs and checkpoints; no algorithm below
 
-    def save_checkpoint():
-        writer.flush()
-        state = {"script": SCRIPT, "env_id": args.env_id, "step": step, "agent": agent.state_dict()}
-        state |= {"optimizer": optimizer.state_dict(), "rng_state": generator.get_state(), "device": device.type}
-        state["recent_episodes"] = list(recent_episodes)
-        write_atomically(run_dir / "checkpoint.pt", to_bytes(state))
+FORMAT = 2  # of args.json and checkpoints
+CHECKPOINT = {"agent", "optimizer", "step", "episodes", "rng_state", "log_sizes"}
+CONTENTS = {"agent.pt": {"agent"}, "checkpoint.pt": CHECKPOINT}
+MAY_CHANGE = "total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
+MAY_CHANGE.append("device")
 
-    recent_episodes = deque(checkpoint["recent_episodes"] if checkpoint else (), maxlen=100)
-    if not checkpoint:
-        save_checkpoint()
-    obs = torch.zeros(num_steps, num_envs, obs_size, device=device)
-    privileged = torch.zeros(num_steps + 1, num_envs, privileged_size, device=device)
-    actions, means = torch.zeros(2, num_steps, num_envs, action_size, device=device)
-    rewards = torch.zeros(num_steps, num_envs, device=device)
-    valid, terminated, truncated = torch.zeros(3, num_steps, num_envs, dtype=bool, device=device)
-    (next_obs, next_privileged), logs = envs.reset(stagger=True, steps=step // num_envs)
-    unlogged = dict.fromkeys(logs, math.nan)  # where no episode ends in an iteration
-    done = torch.zeros(num_envs, dtype=bool, device=device)
-    episode_return, episode_length = np.zeros((2, num_envs))
-    iteration, first_step, start_time, last_line = 0, step, time.time(), time.time()
-    print(f"{SCRIPT} on {args.env_id}, seed {args.seed}, {device}: {run_dir}", flush=True)
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not sys.stderr.isatty())
 
-    while step < args.total_timesteps and not STOP:
-        iteration += 1
-        if args.lr_schedule == "linear":
-            learning_rate.fill_(args.learning_rate * (1 - step / args.total_timesteps))
+class BadInput(ValueError):
+    """One line, exit status 2."""
 
-        rollout_start, logged = time.perf_counter(), {}
-        with torch.inference_mode():
-            noise = agent.log_std.exp() * torch.randn(actions.shape, generator=generator, device=device)
-            for t in range(num_steps):
-                valid[t] = ~done  # where the step is a dummy that only resets the simulator, see make_envs
-                obs[t], privileged[t] = next_obs, next_privileged
-                means[t] = agent.policy(agent.normalize(next_obs))
-                actions[t] = means[t] + noise[t]
-                state, rewards[t], terminated[t], truncated[t], logs = envs.step(actions[t])
-                next_obs, next_privileged = state
-                done = (terminated[t] | truncated[t]) & envs.next_step
-                for name, x in logs.items():
-                    logged.setdefault(name, []).append(x)
-            privileged[num_steps] = next_privileged
-        real = valid.cpu().numpy()  # waits for the device, once per iteration
-        update_start = time.perf_counter()
 
-        steps = step + real.sum(1).cumsum()  # real transitions up to each row
-        step = int(steps[-1])
-        for name, x in (("reward", rewards), ("observation", obs), ("observation", privileged)):
-            if not x.isfinite().all():
-                raise SystemExit(f"error: {args.env_id} returned a {name} that is not finite, step {step}; {kept}")
-        return_sums, length_sums = rewards.double().cumsum(0).cpu().numpy(), real.cumsum(0)
-        for t, n in zip(*(terminated | truncated).cpu().numpy().nonzero()):
-            episode = float(episode_return[n] + return_sums[t, n]), int(episode_length[n] + length_sums[t, n])
-            episode_return[n], episode_length[n] = -return_sums[t, n], -length_sums[t, n]
-            recent_episodes.append(episode)
-            episodes_file.write(f"{steps[t]},{episode[0]:.8g},{episode[1]}\n")
-        episode_return, episode_length = episode_return + return_sums[-1], episode_length + length_sums[-1]
-        tensor = functools.partial(torch.as_tensor, dtype=torch.float32, device=device)
-        means_of_logs = {name: torch.stack([*map(tensor, x)]).mean().item() for name, x in logged.items()}
+class BrokenRun(RuntimeError):
+    """One line, exit status 1."""
 
-        with torch.no_grad():
-            inputs, privileged_inputs = agent.normalize(obs), agent.normalize_privileged(privileged)
-            values, log_stds = agent.value(privileged_inputs), agent.log_std
-            if envs.next_step:
-                bootstrapped, ends = rewards, terminated
-            else:  # the next row is another episode's: as in RSL-RL, V(s_t) stands in for V(s_t+1) at a time limit
-                bootstrapped = rewards + args.gamma * values[:-1] * (truncated & ~terminated)
-                ends = terminated | truncated
-            advantages, returns = compute_gae(bootstrapped, values, ends, truncated, args.gamma, args.gae_lambda)
-            batch = dict(obs=inputs, privileged=privileged_inputs[:-1], actions=actions, means=means)
-            batch |= dict(log_stds=log_stds.expand_as(actions), log_probs=log_prob(means, log_stds, actions))
-            batch |= dict(values=values[:-1], returns=returns, advantages=advantages)
-            if args.use_median:
-                batch["medians"] = agent.median(privileged_inputs[:-1])
-            rows = valid.flatten().nonzero().squeeze(-1)
-            batch = {name: x.flatten(0, 1)[rows] for name, x in batch.items()}
-            prepare_batch(batch, args)
 
-        # The same minibatches in all epochs, as in RSL-RL; the order is topped up from its front for the dummy rows.
-        order = torch.randperm(len(rows), generator=generator, device=device)
-        order = order[torch.arange(num_steps * num_envs, device=device) % len(rows)]
-        minibatches = [{name: x[part] for name, x in batch.items()} for part in order.view(args.num_minibatches, -1)]
-        totals, learning_rates = 0, 0
-        for _ in range(args.update_epochs):
-            for minibatch in minibatches:
-                flat.grad, stats, names = gradient_function(agent, parameters, minibatch, learning_rate, args)
-                optimizer.step()
-                agent.std.data.clamp_(min=0.01)
-                totals, learning_rates = totals + stats, learning_rates + learning_rate
-        updates = args.update_epochs * args.num_minibatches
-        metrics = dict(zip(names, (totals / updates).tolist()))
+class Run(ExitStack):
+    """A run's folder, new or resumed: lock, settings, logs and checkpoints; the progress line; stop signals."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.args, self.step, self.stopping, self.saved = args, 0, False, {}
+
+    def load(self):
+        """Locks the folder and reads the checkpoint, if this is to resume a run."""
+        if self.args.resume is not None:
+            self.dir = Path(self.args.resume)
+            load_run(self.dir, "checkpoint.pt")
+            self.enter_context(FileLock(self.dir / "lock", timeout=0))
+            _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
+            self.step = self.saved["step"]
+            if self.step >= self.args.total_timesteps and (self.dir / "agent.pt").exists():
+                raise BadInput(f"{self.dir} is complete: to go on, add a larger --total-timesteps")
+
+    def __exit__(self, kind, error, traceback):
+        super().__exit__(kind, error, traceback)
+        if self.stopping and isinstance(error, Exception):  # a compiler's, say, which Ctrl-C has reached as well
+            raise SystemExit(self.stop_message()) from None
+
+    def begin(self, **parts):
+        """Restores the parts (modules, optimizers) that checkpoints hold, or makes the folder; opens the logs."""
+        self.parts, args = parts, self.args
+        if args.track:
+            import wandb
+
+            if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+                raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
+        about = self.restore() if self.saved else self.make_dir()
+        about["args"] = dataclasses.asdict(args) | {"resume": None}
+        write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
+        self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
+        if args.track:
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
+            wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
+            self.callback(wandb.finish)
+        self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
+        self.episodes, self.first_step = deque(self.saved.get("episodes", ()), maxlen=100), self.step
+        self.start_time = self.line_time = time.time()
+        say(f"{args.env_id}, seed {args.seed}: {self.dir}")
+        self.save()
+
+    def make_dir(self):
+        """Makes the folder; returns what args.json is to say besides the settings."""
+        name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{time.time():.6f}"
+        self.dir = Path(self.args.output_dir, re.sub(r"[^\w.-]", "-", name))
+        try:
+            self.dir.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"cannot make {self.dir}: {error.strerror}; choose another --output-dir") from None
+        self.enter_context(FileLock(self.dir / "lock", timeout=0))
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        modules = {"torch", "gymnasium", "numpy", "envpool", "mjlab", "isaaclab"} & set(sys.modules)
+        about = {"format": FORMAT, "script": SCRIPT, "commit": commit, "python": sys.version.split()[0]}
+        return about | {"versions": {name: version(name) for name in sorted(modules)}}
+
+    def restore(self):
+        """Reads all, then changes: the parts, the random state, the logs as they were. Returns args.json."""
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.saved[name])
+        except (RuntimeError, ValueError, KeyError):
+            raise BadInput(f"the checkpoint in {self.dir} does not fit its args.json or the task") from None
+        sizes = {self.dir / name: size for name, size in self.saved["log_sizes"].items()}
+        if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
+            raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
+        about = json.loads((self.dir / "args.json").read_bytes())
+        torch.set_rng_state(self.saved["rng_state"])
+        for path, size in sizes.items():
+            os.truncate(path, size)  # drops rows written after the checkpoint
+        (self.dir / "agent.pt").unlink(missing_ok=True)
+        return about
+
+    def request_stop(self, number, frame):
+        """The first signal ends the run after the iteration, a second one ends the process at once."""
+        self.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def log(self, step, episodes, metrics):
+        """Writes an iteration: rows (step, return, length) and metrics. BrokenRun if a loss is not finite."""
         for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise SystemExit(f"error: {name} is {value} at step {step}; {kept}")
+            if name.startswith("losses/") and not math.isfinite(value):
+                raise BrokenRun(f"{name} is {value} at step {step}")
+        self.step = step
+        for end, total, length in episodes:
+            self.episodes.append((total, length))
+            self.write("episodes.csv", end, {"return": total, "length": length}, "charts/episodic_")
+        mean_return, mean_length = np.mean(self.episodes or [(math.nan, math.nan)], axis=0)
+        sps = (step - self.first_step) / (time.time() - self.start_time)
+        charts = {"mean_return_100": mean_return, "mean_length_100": mean_length, "SPS": sps}
+        self.write("metrics.csv", step, metrics | {f"charts/{name}": value for name, value in charts.items()})
+        live, left = os.isatty(1), max(self.args.total_timesteps - step, 0) / sps
+        if live or time.time() - self.line_time > 30:
+            terms = "".join(f", {name[8:]} {x:.3g}" for name, x in metrics.items() if name.startswith("rewards/"))
+            line = f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.4g}{terms}, {left:.0f} s left    "
+            say(line, end="\r" if live else "\n")
+            self.line_time = time.time()
+        if time.time() - self.save_time >= self.args.checkpoint_seconds:
+            self.save()
 
-        with torch.no_grad():
-            ratio = (log_prob(agent.policy(batch["obs"]), agent.log_std, batch["actions"]) - batch["log_probs"]).exp()
-            metrics |= ratio_statistics(ratio, *ratio_bounds(args))
-            metrics |= improvement_bound(ratio, batch, args)
-            unexplained = (batch["returns"] - batch["values"]).var() / batch["returns"].var()
-            if args.norm_obs:
-                agent.obs_stats.update(obs.flatten(0, 1)[rows])
-                agent.privileged_stats.update(privileged[:-1].flatten(0, 1)[rows])
-        mean_return, mean_length = np.mean(recent_episodes, axis=0) if recent_episodes else (math.nan, math.nan)
-        sps = (step - first_step) / (time.time() - start_time)
-        metrics |= {
-            "losses/explained_variance": 1 - unexplained.item(),
-            "charts/mean_return_100": mean_return,
-            "charts/mean_length_100": mean_length,
-            "charts/learning_rate": (learning_rates / updates).item(),
-            "charts/std": agent.log_std.exp().mean().item(),
-            "charts/SPS": sps,
-            "time/rollout": update_start - rollout_start,
-            "time/update": time.perf_counter() - update_start,
-        }
-        metrics |= unlogged | means_of_logs
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        if metrics_file.tell() == 0:
-            columns = list(metrics)
-            metrics_file.write(",".join(["step", *columns]) + "\n")
-        row = (f"{metrics.get(name, math.nan):.6g}" for name in columns)
-        metrics_file.write(",".join([str(step), *row]) + "\n")
-        episodes_file.flush()
-        metrics_file.flush()
+    def write(self, log, step, row, prefix=""):
+        """Adds a row to a CSV file, after a header if it is the first, and to TensorBoard."""
+        file = self.logs[log]
+        if file.tell() == 0:
+            file.write(",".join(["step", *row]) + "\n")
+        file.write(",".join([str(step), *(f"{x:.8g}" for x in row.values())]) + "\n")
+        for name, value in row.items():
+            self.writer.add_scalar(prefix + name, value, step)
 
-        bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
-        bar.update(min(step, args.total_timesteps) - bar.n)
-        if bar.disable and (time.time() - last_line > 30 or step >= args.total_timesteps):
-            last_line, left = time.time(), max(args.total_timesteps - step, 0) / sps
-            print(f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.1f}, {left:.0f} s left", flush=True)
-        if iteration % args.checkpoint_interval == 0:
-            save_checkpoint()
+    def save(self):
+        """Writes the checkpoint. BrokenRun, and the last one stays, if a weight is not finite."""
+        if not all(x.isfinite().all() for x in self.parts["agent"].parameters()):
+            raise BrokenRun(f"a weight is not finite at step {self.step}")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"step": self.step, "episodes": list(self.episodes), "rng_state": torch.get_rng_state()}
+        state["log_sizes"] = {}
+        self.writer.flush()
+        for name, file in self.logs.items():
+            file.flush()
+            os.fsync(file.fileno())
+            state["log_sizes"][name] = file.tell()
+        write_atomically(self.dir / "checkpoint.pt", state)
+        self.save_time = time.time()
 
-    save_checkpoint()
-    bar.close()
-    envs.close()
-    episodes_file.close()
-    metrics_file.close()
-    if step < args.total_timesteps:
-        writer.close()
-        raise SystemExit(f"stopped at step {step}; {kept}")
-    state = {"script": SCRIPT, "env_id": args.env_id, "agent": agent.state_dict()}
-    write_atomically(run_dir / "agent.pt", to_bytes(state))
-    for name, result in report(agent, args, run_dir).items():
-        writer.add_scalar(f"evaluation/{name}_return", result["mean"], step)
-    writer.close()
-    if args.track:
-        wandb.finish()
-    if args.capture_video:
-        film(agent, args, run_dir / "videos")
-    return str(run_dir)
+    def finish(self, step):
+        """Saves the last checkpoint and, if the run is complete, agent.pt; returns the folder."""
+        self.step = step
+        self.save()
+        if self.step < self.args.total_timesteps:
+            raise SystemExit(self.stop_message())
+        write_atomically(self.dir / "agent.pt", {"agent": self.parts["agent"].state_dict()})
+        say(f"complete at step {self.step}; to see it: python enjoy.py {shlex.quote(str(self.dir))} --video")
+        return str(self.dir)
+
+    def stop_message(self):
+        command = shlex.join([sys.executable, os.path.abspath(__file__), "--resume", str(self.dir.resolve())])
+        return f"stopped at step {self.step}; go on with: {command}"
 
 
-def request_stop(number, _):
-    STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)
+def say(text, end="\n"):
+    """Prints a line; a reader that went away (as in `| head`) does not end the run."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
-def main(args):
-    """Trains an agent, or evaluates that of an earlier run."""
-    if args.resume is not None and args.evaluate is not None:
-        raise BadInput("--resume and --evaluate exclude each other: pass one of them")
-    if args.evaluate is None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, request_stop)
-        return train(args)
-    run_dir = Path(args.evaluate)
-    name = "agent.pt" if (run_dir / "agent.pt").exists() else "checkpoint.pt"
-    run_args, checkpoint = load_run(run_dir, name, args.device)
-    run_args = dataclasses.replace(run_args, eval_episodes=args.eval_episodes, capture_video=args.capture_video)
-    run_args.compile = args.compile
-    check_same_settings(args, run_args)
-    check_args(run_args)
-    torch.set_float32_matmul_precision(run_args.matmul_precision)
-    torch.manual_seed(run_args.seed)
-    envs, *sizes = make_envs(run_args, 1, run_args.seed)
-    envs.close()
-    agent = Agent(*sizes, run_args).to(find_device(run_args))
-    load_agent(agent, checkpoint, run_dir)
-    report(agent, run_args, run_dir)
-    if args.capture_video:
-        film(agent, run_args, run_dir / "videos")
+def write_atomically(path, content):
+    """Writes bytes, or a dict as torch.save does, so that path never holds half a file."""
+    if isinstance(content, dict):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getbuffer()
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut could leave the new name without the content
+    os.replace(temporary, path)
+
+
+def one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split()).split('. ')[0]}"
+
+
+def load_run(run_dir, name):
+    """The settings of a run, read strictly, and one of its checkpoints; BadInput if they are missing or damaged."""
+    try:
+        about = json.loads(Path(run_dir, "args.json").read_bytes())
+        if (about["script"], about.get("format")) != (SCRIPT, FORMAT):
+            raise ValueError(f"it was made by another script or version, {about['script']}.py")
+        if missing := vars(Args()).keys() - about["args"].keys():
+            raise ValueError(f"args.json lacks {', '.join(sorted(missing))}")
+        args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
+        if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
+            raise ValueError(f"{name} is damaged")
+        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
+        if missing := CONTENTS[name] - set(checkpoint):
+            raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+        return args, checkpoint
+    except Exception as error:  # damaged files raise many kinds
+        raise BadInput(f"cannot use the run {run_dir}: {one_line(error)}") from None
+
+
+def compiled(function, args):
+    """torch.compile, if that was asked for; BadInput if the machine cannot."""
+    if not args.compile:
+        return function
+    if not shutil.which(os.environ.get("CXX", "g++")) or not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise BadInput("--compile needs a C++ compiler (CXX or g++) and Python's headers: install them or --no-compile")
+    torch._dynamo.config.trace_autograd_ops = True
+    torch.compiler.reset()  # drops the graph of an earlier run in this process
+    return torch.compile(function, fullgraph=True)
+
+
+def read_args(words):
+    """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
+    os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise BadInput("this script trains in one process: start it without torchrun")
+    if any(word.startswith(("--evaluate", "--capture")) for word in words):
+        raise BadInput("to evaluate and film a run: python enjoy.py RUN_DIR --video")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    run_dir = parser.parse_known_args(words)[0].resume
+    if run_dir is None:
+        return tyro.cli(Args, args=words)
+    saved = dataclasses.replace(load_run(run_dir, "checkpoint.pt")[0], resume=run_dir)
+    args = tyro.cli(Args, args=words, default=saved)
+    for name, value in vars(saved).items():
+        if getattr(args, name) != value and name not in MAY_CHANGE:
+            raise BadInput(f"a run keeps its settings: leave out --{name.replace('_', '-')}")
+    return args
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
-    except BadInput as error:
+        train(read_args(sys.argv[1:]))
+    except (BadInput, Timeout) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        sys.exit(f"error: cannot go on: {error}")
+    except BrokenRun as error:
+        sys.exit(f"error: {error}. The last good checkpoint is kept; resumed with the same settings it ends here again")
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
+            raise
+        sys.exit(f"error: {error}")

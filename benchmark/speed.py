@@ -259,7 +259,7 @@ PAIRS = {
         peer="simulator",
         ratio="over the bare simulator",
         run_peer=peer_locomotion,
-        flags="--env-id={env_id} --num-envs={num_envs} --eval-episodes=1",
+        flags="--env-id={env_id} --num-envs={num_envs}",
         steps=23,  # of 24, without those that only reset a robot
         programs=tuple(f"{x}_locomotion{y}" for x in ("bpo", "ppo") for y in LOCOMOTION_FLAGS),
         defaults=dict(iterations=25, env_id="Go1JoystickRoughTerrain-v1", num_envs=128),
@@ -273,7 +273,7 @@ PAIRS = {
         ratio="times RSL-RL",
         run_peer=peer_mjlab,
         flags="--env-id={env_id} --num-envs={num_envs} --device={device} --hidden-sizes {layers} --{norm_obs}"
-        " --init-std=1.0 --learning-rate=1e-3 --eval-episodes=1",
+        " --init-std=1.0 --learning-rate=1e-3",
         steps=24,
         programs=tuple(f"{x}_locomotion{y}" for x in ("ppo", "bpo") for y in ("", " --compile", " --bf16 --compile")),
         defaults=dict(iterations=25, **MJLAB),

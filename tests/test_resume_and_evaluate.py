@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-NAMES = ["bpo_locomotion", "ppo_locomotion", "gbpo_llm", "grpo_llm"]
+NAMES = ["gbpo_llm", "grpo_llm"]
 SCRIPTS = pytest.mark.parametrize("script", [importlib.import_module(x) for x in NAMES], ids=NAMES)
 
 
