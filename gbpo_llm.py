@@ -1,12 +1,11 @@
 """Group-relative Bounded Policy Optimization (GBPO) for language models, in one file.
 
 GBPO samples a group of completions for each prompt, scores them, and moves the probability ratio of every token to a
-target that depends on how the completion compares with its group's median. Without arguments it teaches a tiny
-transformer, made here, to add two-digit numbers.
+target that depends on how the completion compares with its group's median.
 Ao et al., "Bounded Ratio Reinforcement Learning", section 4.5, https://arxiv.org/abs/2604.18578
 
-    python gbpo_llm.py
-    python gbpo_llm.py --model Qwen/Qwen2.5-Math-1.5B --dataset problems.json --reward boxed ...  (see docs/gbpo_llm.md)
+    python gbpo_llm.py                       teaches a tiny transformer, made here, to add two-digit numbers
+    python gbpo_llm.py --model Qwen/Qwen2.5-Math-1.5B --dataset problems.json ...     see docs/gbpo_llm.md
 
 What differs from the sibling, grpo_llm.py:
 1. target_ratio: the best ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
@@ -75,7 +74,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 
 @dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
 class Args:
-    env_id: str = "addition"  # the task's name in folders and plots: built-in sums, or what --dataset has
+    env_id: str = "addition"  # the task's name: sums are built in
     dataset: str | None = None  # .json, .jsonl or .parquet file, or ID, ID:SPLIT or ID:CONFIG:SPLIT on the Hub
     eval_dataset: str | None = None  # held-out problems, in the same forms; default: those of --dataset
     model: str | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
@@ -84,12 +83,12 @@ class Args:
     # 1 for the right number: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
     reward: Literal["exact", "boxed", "majority"] = "exact"
     reward_fn: str | None = None  # module:function in place of --reward, called as TRL calls it
-    num_votes: PositiveInt = 64  # completions that vote with majority; the first --group-size are trained on
+    num_votes: PositiveInt = 64  # completions that vote; the first --group-size are trained on
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of initial weights, prompts, samples and minibatches
     total_timesteps: Count = 81_920  # completions to sample for training; 0: evaluate only
-    num_prompts: PositiveInt = 64  # prompts per iteration, all processes together, P
+    num_prompts: PositiveInt = 64  # prompts per iteration, of all processes, P
     group_size: Annotated[int, Field(ge=2)] = 8  # completions per prompt, G
-    minibatch_prompts: PositiveInt = 16  # prompts (whole groups) per gradient step, all processes together
+    minibatch_prompts: PositiveInt = 16  # prompts (whole groups) per gradient step, of all processes
     update_epochs: PositiveInt = 1  # passes over the rollout per iteration
     learning_rate: Positive = 3e-4  # Adam's step size, at the start if it is scheduled
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear, cosine: to 0 at the last step
@@ -107,7 +106,7 @@ class Args:
     aggregation: Literal["response", "token", "constant"] = "response"
     # divide by the group's std + 1e-6 with n - 1 (authors, TRL), by sqrt(var + 1e-6) with n, or not at all
     scale_rewards: Literal["unbiased", "biased", "none"] = "unbiased"
-    resample_rounds: Count = 0  # draws of new prompts, per iteration, for groups of equal rewards (as DAPO's)
+    resample_rounds: Count = 0  # draws of new prompts for groups of equal rewards, at most (as DAPO's)
     mask_truncated: bool = False  # leave completions that were cut off out of the loss
     kl_coef: NonNegative = 0.0  # weight of the KL divergence to the initial model (k3 estimate)
     ent_coef: NonNegative = 0.0  # weight of the entropy bonus
@@ -117,7 +116,7 @@ class Args:
     eval_problems: PositiveInt = 200  # held-out problems to evaluate on, at most
     eval_samples: PositiveInt = 8  # completions per held-out problem, k of maj@k
     eval_temperature: Positive = 0.6  # sampling temperature of evaluations
-    eval_top_p: Probability = 0.95  # they sample from the most likely tokens of this total probability
+    eval_top_p: Probability = 0.95  # from the most likely tokens of this total probability
     generator: Literal["transformers", "vllm"] = "transformers"  # vllm: an optional install, on the same device
     vllm_memory: Probability = 0.4  # fraction of the device's memory that vLLM may take
     generation_batch_size: PositiveInt = 1024  # completions sampled at a time, but at least all of one prompt
@@ -129,7 +128,7 @@ class Args:
     exp_name: str = SCRIPT  # a part of the run's name
     output_dir: str = "runs"  # parent of the run's folder
     checkpoint_seconds: NonNegative = 300  # between checkpoints; 0: one after every iteration
-    resume: str | None = None  # RUN_DIR: go on with this run; what changes memory or speed only may differ
+    resume: str | None = None  # RUN_DIR: go on with this run; flags of memory and speed may differ
     track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "bounded-ratio-rl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -146,11 +145,11 @@ class Args:
         if self.reward_fn and self.reward != "exact":
             raise ValueError("--reward-fn takes the place of --reward: leave that out")
         if (self.dataset or self.generator == "vllm") and not self.model:
-            raise ValueError("--dataset and --generator vllm need --model: the built-in one is for sums only")
+            raise ValueError("--dataset and --generator vllm need --model: the built-in one reads sums only")
         if self.system_prompt and not self.chat_template:
-            raise ValueError("--system-prompt is a part of the chat template: add --chat-template")
+            raise ValueError("--system-prompt needs --chat-template")
         if self.env_id != "addition" and not self.dataset:
-            raise ValueError(f"there is no built-in task {self.env_id}: pass --dataset, or --env-id addition")
+            raise ValueError(f"there is no built-in task {self.env_id}: pass --dataset")
         if self.env_id == "addition" and self.dataset:
             self.env_id = re.sub(r"\W+", "-", Path(self.dataset).stem)
         return self
@@ -168,10 +167,9 @@ def ratio_bounds(args):
 def group_advantages(rewards, quantile=0.5, scale="unbiased"):
     """Advantages over each group's mean and over its median (section 4.5): rewards[P, G] -> two [P, G].
 
-    Bounds that are not symmetric have the quantile (c_h - 1) / (c_h - c_l) for the median (Corollary 4.7 as lambda
-    vanishes). scale: as --scale-rewards says. Groups of equal rewards get exactly 0.
+    Bounds that are not symmetric have the quantile (c_h - 1) / (c_h - c_l) for the median (Corollary 4.7, lambda -> 0).
     """
-    deviations = rewards - rewards.mean(-1, keepdim=True)
+    deviations = rewards - rewards.mean(-1, keepdim=True)  # of equal rewards a rounding error, which is made 0
     deviations = deviations.where(rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True), 0.0)
     median_deviations = rewards - rewards.quantile(quantile, dim=-1, keepdim=True)
     divisor = {
@@ -206,10 +204,7 @@ def token_weights(mask, aggregation, responses, tokens, max_length):
 
 
 def minibatch_loss(model, batch, args):
-    """A micro-batch's share of the objective [] and of its statistics [], and the tokens' ratios [B, T].
-
-    batch: tensors [B, T] and [B], with mask[B, T] of the tokens that count.
-    """
+    """A micro-batch's share of the objective [] and of statistics [], and its ratios: tensors [B, T], [B] -> [B, T]"""
     log_probs, entropy = token_log_probs(model, batch, args.sampling_temperature, entropy_gradient=args.ent_coef > 0)
     log_ratio = (log_probs - batch["old_log_probs"]).clamp(-20, 20)
     ratio, (low, high) = log_ratio.exp(), ratio_bounds(args)
@@ -234,9 +229,9 @@ def minibatch_loss(model, batch, args):
 
 
 def token_log_probs(model, batch, temperature, entropy=True, entropy_gradient=False):
-    """Log-probability and entropy (or None) of each completion token under the policy, in float32 and nats: [B, T] each
+    """Log-probability and entropy of each completion token, in float32 and nats: [B, T] each.
 
-    The entropy takes memory of the size of all logits.
+    entropy=False saves memory of the size of all logits.
     """
     length = batch["mask"].shape[1]
     ids, mask = batch["ids"][:, :-1], batch["attention_mask"][:, :-1]
@@ -257,10 +252,7 @@ def positions(attention_mask):
 
 
 def collate(prompts, completions, device):
-    """B prompts and completions (lists of tokens) as tensors, padded with 0 on the outside to L = Lp + T tokens.
-
-    ids[B, L], attention_mask[B, L], and the completions' mask[B, T], as floats.
-    """
+    """Lists of tokens as ids and attention_mask [B, Lp + T], padded on the outside, and the completions' mask[B, T]."""
     before, after = max(map(len, prompts)), max(map(len, completions))
     rows = list(zip(prompts, completions))
     ids = [[0] * (before - len(p)) + p + c + [0] * (after - len(c)) for p, c in rows]
@@ -271,13 +263,12 @@ def collate(prompts, completions, device):
 
 
 def make_model(args, device):
-    """Model and tokenizer: those of --model, or new tiny ones; BadInput if they cannot be loaded, or not be trained."""
+    """Model and tokenizer: those of --model, or new tiny ones. BadInput if they cannot be loaded or trained."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_model(args) if args.model else built_in_model(args)
     if args.chat_template and not tokenizer.chat_template:
-        name = args.model or "the built-in model"
-        raise BadInput(f"the tokenizer of {name} has no chat template: leave out --chat-template")
+        raise BadInput(f"{args.model or 'the built-in model'} has no chat template: leave out --chat-template")
     if args.gradient_checkpointing:  # transformers' own works in training mode only, which brings dropout
         layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
         if not layers:
@@ -292,15 +283,15 @@ def load_model(args):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         settings = dict(dtype=getattr(torch, args.dtype), trust_remote_code=False, output_loading_info=True)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(args.model, **settings)
-    except Exception as error:  # a missing folder, no network, no weights, an unknown architecture: many kinds
-        raise BadInput(f"cannot load --model {args.model}: {str(error).splitlines()[0][:200]}") from None
+    except Exception as error:  # no folder, no network, no weights, an unknown architecture: many kinds
+        raise BadInput(f"cannot load --model {args.model}: {one_line(error)[:200]}") from None
     if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
-        raise BadInput(f"--model {args.model} is no whole language model: it has no weights for {missing[0]}")
+        raise BadInput(f"{args.model} is no whole language model: it has no weights for {missing[0]}")
     with torch.no_grad():
         if not hasattr(model(torch.tensor([[0]]), use_cache=True), "past_key_values"):
-            raise BadInput(f"--model {args.model} keeps no key-value cache, which sampling needs")
+            raise BadInput(f"{args.model} keeps no key-value cache, which sampling needs")
     if tokenizer.eos_token_id is None:
-        raise BadInput(f"the tokenizer of {args.model} has no end-of-sequence token")
+        raise BadInput(f"{args.model} has no end-of-sequence token")
     return model, tokenizer
 
 
@@ -320,7 +311,7 @@ def built_in_model(args):
 
 
 def warm_up(model, tokenizer, problems, args):
-    """Supervised learning of the built-in model on right answers, until its samples are right often enough."""
+    """Supervised learning of right answers, until samples are right often enough."""
     say(f"teaching the built-in model until {args.warmup_accuracy:.0%} of its samples are right")
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, betas=(0.9, 0.99), fused=True)
     generator = make_generator("supervised", args.seed)
@@ -338,7 +329,7 @@ def warm_up(model, tokenizer, problems, args):
         optimizer.zero_grad()
         step += 1
         if not math.isfinite(accuracy) or step == 5000:
-            raise BadInput(f"after {step} supervised steps {accuracy:.2f} of the samples are right: try another --seed")
+            raise BadInput(f"{accuracy:.0%} of the samples are right after {step} steps: try another --seed")
     for x in model.parameters() if WORLD_SIZE > 1 else ():
         dist.broadcast(x.data, 0)  # GPUs may have rounded differently
 
@@ -360,10 +351,9 @@ def sample_tokens(logits, uniforms, temperature, top_p):
 
 @torch.no_grad()
 def generate(model, prompts, uniforms, stop_ids, temperature, top_p, batch_size):
-    """Samples G completions of at most T tokens for each of P prompts (lists of tokens), with a key-value cache.
+    """G completions of at most T tokens for each of P prompts: P * G lists of tokens, with the one that ended each.
 
     uniforms[P, G, T] decide every token, so a completion does not depend on what is sampled beside it.
-    Returns P * G completions as lists of tokens, each with its end-of-sequence token unless it was cut off.
     """
     (_, copies, limit), device = uniforms.shape, model.device
     stop_ids, completions = torch.tensor(stop_ids, device=device), []
@@ -392,7 +382,7 @@ def generate(model, prompts, uniforms, stop_ids, temperature, top_p, batch_size)
 
 
 def make_vllm(args, device):
-    """A vLLM engine on this process's device; BadInput if vLLM is not installed, or not for that device."""
+    """A vLLM engine on this process's device. BadInput if vLLM is not installed, or not for that device."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that it takes weights from it
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
@@ -401,7 +391,7 @@ def make_vllm(args, device):
         raise BadInput("vLLM is not installed: see requirements-vllm.txt, or leave out --generator") from None
     platform = vllm.platforms.current_platform
     if not (platform.is_cpu() if device.type == "cpu" else platform.is_cuda_alike()):
-        raise BadInput(f"the vLLM installed here has no support for {device.type}: see requirements-vllm.txt")
+        raise BadInput(f"this vLLM does not support {device.type}: see requirements-vllm.txt")
     settings = dict(gpu_memory_utilization=args.vllm_memory, dtype=args.dtype, logprobs_mode="processed_logprobs")
     settings |= dict(max_model_len=args.max_prompt_length + args.max_completion_length, seed=args.seed + RANK)
     launcher = "external_launcher" if WORLD_SIZE > 1 else "uni"
@@ -409,7 +399,7 @@ def make_vllm(args, device):
 
 
 def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, top_p):
-    """As generate, with the model's present weights in vLLM: completions, and vLLM's log-probabilities (lists)."""
+    """As generate, by vLLM with the model's present weights: completions and their log-probabilities."""
     import vllm
 
     weights = ((name, full(x)) for name, x in model.state_dict().items())
@@ -424,7 +414,7 @@ def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, 
 
 
 def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_p):
-    """A group for each of P problems, of the G completions that generate gives: dicts of lists and tensors [G]."""
+    """A group of G completions for each of P problems: dicts of lists and tensors [G]."""
     stop_ids = {tokenizer.eos_token_id}
     if (more := model.generation_config.eos_token_id) is not None:
         stop_ids |= set(more if isinstance(more, list) else [more])
@@ -450,19 +440,16 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
 
 
 def read_rows(source):
-    """Rows (a list) of a JSON, JSONL or Parquet file, or of a dataset on the Hub; BadInput if they cannot be read."""
+    """Rows of a JSON, JSONL or Parquet file, or of a dataset on the Hub. BadInput if they cannot be read."""
     path = Path(source)
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in path.read_text().split("\n") if line]
+        if path.suffix in (".json", ".jsonl"):
+            text = path.read_text()
+            return json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x]
         import datasets
 
         datasets.disable_progress_bars()
         if path.suffix == ".parquet":
-            if not path.is_file():
-                raise FileNotFoundError("there is no such file")
             return datasets.Dataset.from_parquet(source).to_list()
         name, *parts = source.split(":")
         return datasets.load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train").to_list()
@@ -471,18 +458,16 @@ def read_rows(source):
 
 
 def usable_problems(rows, source, args, tokenizer, answers=True):
-    """Problems (dicts): the source's rows, with the prompt's tokens and the answer's number.
+    """Problems (dicts) of the rows that are good; others are named and counted. BadInput if there are none.
 
-    Bad rows are named, counted and left out; BadInput if none is left. answers: whether a row needs one.
+    answers: whether a row needs one.
     """
     problems, bad = [], []
     for i, row in enumerate(rows if isinstance(rows, list) else []):
         row = row if isinstance(row, dict) else {}
         prompt, number = row.get("prompt"), parse_number(str(row.get("answer")))
-        if not isinstance(prompt, str) or not prompt:
+        if not isinstance(prompt, str) or not prompt or re.search("[\ud800-\udfff]", prompt):  # half a character
             bad.append(f"row {i} has no prompt")
-        elif re.search("[\ud800-\udfff]", prompt):
-            bad.append(f"row {i} has half a character in its prompt")
         elif number is None and answers and not args.reward_fn:
             bad.append(f"row {i} has no number as its answer")
         elif len(ids := encode(prompt, args, tokenizer)) > args.max_prompt_length:
@@ -497,7 +482,7 @@ def usable_problems(rows, source, args, tokenizer, answers=True):
 
 
 def encode(prompt, args, tokenizer):
-    """Tokens of a prompt (a list), in the chat template if asked for."""
+    """Tokens of a prompt, in the chat template if asked for."""
     if not args.chat_template:
         return tokenizer(prompt)["input_ids"]
     messages = [{"role": "system", "content": args.system_prompt}] * bool(args.system_prompt)
@@ -537,7 +522,7 @@ FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([0-9]{1,40})()\}\{([0-9]{1,40})\}")
 
 
 def parse_number(text):
-    """The number that the text is, as a Fraction, or None: 142, -1,000, 0.5, 3/4, \\frac{3}{4}, each also within $."""
+    """The number that the text is, or None: 142, -1,000, 0.5, 3/4, \\frac{3}{4}, each also within $."""
     if len(text) > 200:
         return None
     text = text.strip().strip("$").strip()
@@ -563,7 +548,6 @@ def extract_answer(text, reward):
 
 
 def load_function(name):
-    """The function that module:function names; BadInput if there is none."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -604,8 +588,7 @@ def majority_vote(keys):
 
 
 def majority_rewards(groups, args):
-    """TTRL: 1 for the label that most of a group's votes gave: rewards [P, V], and statistics against the truth [P],
-    NaN where it is not known."""
+    """TTRL: rewards [P, V], 1 for the label that most of a group gave; statistics [P], NaN where no truth is known."""
     keys = [[extract_answer(text, args.reward) for text in group["texts"]] for group in groups]
     labels, truths = [majority_vote(group) for group in keys], [group["problem"]["number"] for group in groups]
     rewards = torch.tensor([[k is not None and k == label for k in x] for x, label in zip(keys, labels)]).double()
@@ -622,32 +605,31 @@ def majority_rewards(groups, args):
 
 
 def make_generator(*purpose):
-    """A source of random numbers that a purpose and numbers determine: nothing else needs to be saved for a resume."""
+    """Random numbers that a purpose determines, so that none are saved for a resume."""
     return torch.Generator().manual_seed(zlib.crc32(repr(purpose).encode()))
 
 
 def draw(size, first, count, seed):
-    """Numbers `first` to first + count of an endless sequence that goes through range(size) in ever new orders."""
+    """A part of an endless sequence that goes through range(size) in ever new orders: [count]"""
     epochs = range(first // size, (first + count - 1) // size + 1)
     orders = [torch.randperm(size, generator=make_generator("problems", seed, epoch)) for epoch in epochs]
     return torch.cat(orders)[first - epochs[0] * size :][:count]
 
 
 def num_samples(args):
-    """Completions to sample per prompt: those to train on, or to vote."""
+    """Completions per prompt: to train on, or to vote."""
     return args.num_votes if args.reward == "majority" else args.group_size
 
 
 def share(x, minibatches):
-    """This process's part of x[P, ...]: an equal part of each minibatch, so that together they learn what one would."""
+    """This process's part of x[P, ...], an equal part of each minibatch: all learn what one process would."""
     return x.view(minibatches, WORLD_SIZE, -1, *x.shape[1:])[:, RANK].flatten(0, 1)
 
 
 def rollout(sampler, problems, drawn, args):
-    """This process's groups, for the next prompts, and statistics [P, V] or [P] of all that was sampled.
+    """This process's groups for the prompts after the first `drawn`, and statistics [P, V] or [P] of all sampled.
 
-    drawn: prompts drawn before; with the seed it decides which come next and what is sampled. In up to
-    --resample-rounds further draws, others take the place of groups whose rewards are all equal.
+    In up to --resample-rounds further draws, others take the place of groups whose rewards are all equal.
     """
     groups, stats = draw_groups(sampler, problems, drawn, args)
     for _ in range(args.resample_rounds):
@@ -684,10 +666,7 @@ def draw_groups(sampler, problems, drawn, args):
 
 
 def pack(prompts, completions, budget, count=0):
-    """Splits completions by length into micro-batches of at most budget tokens, padding included; at least count.
-
-    Lists of B prompts and completions -> lists of row numbers. A row longer than the budget is alone.
-    """
+    """Micro-batches of rows of like length, at least count, of at most budget tokens (or one row): row numbers."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
     parts, before, after = [], 0, 0
     for i in order:
@@ -705,10 +684,10 @@ def pack(prompts, completions, budget, count=0):
 
 @torch.no_grad()
 def make_minibatches(model, reference, groups, args):
-    """Minibatches, each a list of micro-batches: dicts of tensors [B, T] and [B], with the old log-probabilities.
+    """Minibatches: lists of micro-batches, dicts of tensors [B, T] and [B], which stay as they are for all epochs.
 
-    The micro-batches stay as they are for all epochs. The old log-probabilities come from the same computation as the
-    new ones, so the first ratio is exactly 1: the loss has its kink there, and noise would turn into gradient.
+    The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1: the loss
+    has its kink there, and noise would turn into gradient.
     """
     rewards, (low, high) = torch.stack([group["rewards"] for group in groups]), ratio_bounds(args)
     advantages, median_advantages = group_advantages(rewards, (high - 1) / (high - low), args.scale_rewards)
@@ -798,10 +777,7 @@ class Learner:
 
 
 def update(model, learner, minibatches, step, generator, args):
-    """Epochs of gradient steps; returns the mean of each statistic over all minibatches, and the last epoch's ratios.
-
-    The ratios [tokens] of each minibatch are those before its step.
-    """
+    """Epochs of gradient steps: the statistics' means, and the last epoch's ratios [tokens], each before its step."""
     totals = Counter()
     for _ in range(args.update_epochs):
         ratios, masks = [], []
@@ -823,13 +799,11 @@ def update(model, learner, minibatches, step, generator, args):
 
 
 def measure(stats, ratios, args):
-    """Metrics of the completions, by their statistics [P, V] or [P], and of the tokens' ratios (Figure 7)."""
-    stats = dict(stats)
-    rewards, lengths, (low, high) = stats.pop("reward"), stats.pop("length"), ratio_bounds(args)
+    """Metrics of the completions, statistics [P, V] or [P], and of the tokens' ratios (Figure 7)."""
+    rewards, lengths, (low, high) = stats["reward"], stats["length"], ratio_bounds(args)
     trained = rewards[:, : args.group_size]
     ratios = ratios if len(ratios) else torch.ones(1)  # --mask-truncated has left out all
-    metrics = {
-        "reward": rewards.mean(),
+    metrics = {name: x.nanmean() for name, x in stats.items() if name != "length"} | {
         "reward_std": trained.std(1).mean(),
         "frac_reward_zero_std": (trained.amax(1) == trained.amin(1)).double().mean(),
         "completions/mean_length": lengths.mean(),
@@ -841,12 +815,11 @@ def measure(stats, ratios, args):
     for name, chosen in (("high", ratios >= 1), ("low", ratios <= 1)):
         side = ratios[chosen] if chosen.any() else torch.ones(1)
         metrics |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
-    metrics |= {name: x.nanmean() for name, x in stats.items()}
     return {name: x.item() for name, x in metrics.items()}
 
 
 def evaluate(sampler, problems, args):
-    """pass@1, maj@k, mean length and fraction cut off, on held-out problems, with the same noise every time."""
+    """Figures of held-out problems, sampled with the same noise every time."""
     problems, generator = problems[: args.eval_problems], make_generator("evaluation")
     uniforms = torch.rand(len(problems), args.eval_samples, args.max_completion_length, generator=generator)
     mine, sums = problems[RANK::WORLD_SIZE], torch.zeros(4)
@@ -898,7 +871,7 @@ def train(args):
             iteration = learner.updates // (args.update_epochs * len(minibatches))
             if iteration % args.eval_interval == 0 or step >= args.total_timesteps:
                 run.log_evaluation(evaluate(sampler, held_out, args))
-            run.save_in_time()
+            run.save(args.checkpoint_seconds)
         return run.finish(model, tokenizer)
 
 
@@ -922,16 +895,16 @@ class BrokenRun(RuntimeError):
 
 
 def start_processes(args):
-    """Joins the processes that torchrun started; returns this one's device. BadInput if the machine has too few."""
+    """Joins the processes that torchrun started; returns this one's device. BadInput if the machine does not fit."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
-        raise BadInput("--device cuda: there is no GPU that PyTorch can use; leave it out to run on the CPU")
+        raise BadInput("--device cuda: there is no GPU that PyTorch can use")
     if cuda and (gpus := torch.cuda.device_count()) < LOCAL_WORLD_SIZE:
         raise BadInput(f"every process needs its own GPU, and there are {gpus}: start as many, or pass --device cpu")
     if args.minibatch_prompts % WORLD_SIZE:
         raise BadInput(f"--minibatch-prompts must be a multiple of the {WORLD_SIZE} processes")
     if args.fsdp and WORLD_SIZE == 1:
-        raise BadInput("--fsdp shards over several processes: start the script with torchrun --nproc-per-node N")
+        raise BadInput("--fsdp needs several processes: start the script with torchrun --nproc-per-node N")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # the first one speaks for all
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
@@ -993,7 +966,7 @@ def like(x, other):
 
 
 def save_model(model, tokenizer, folder):
-    """Writes weights, configuration and tokenizer by save_pretrained, all or nothing; all processes take part."""
+    """Writes weights, configuration and tokenizer, all or nothing; all processes take part."""
     state = {name: on_first(x) for name, x in model.state_dict().items()}
     if RANK == 0:
         temporary = folder.with_name(folder.name + ".tmp")
@@ -1031,13 +1004,12 @@ class Run(ExitStack):
         super().__exit__(kind, error, trace)
         if self.stopping and isinstance(error, Exception):  # of a library that Ctrl-C has reached as well
             raise SystemExit(self.stop_message()) from None
-        if self.learner and isinstance(error, (MemoryError, RuntimeError)) and out_of_memory(error):
+        if self.learner and out_of_memory(error):
             sampling = any(frame.name == "sample" for frame in traceback.extract_tb(trace))
-            flag = "generation_batch_size" if sampling else "micro_batch_tokens"
-            less = [f"--{flag.replace('_', '-')}", str(max(1, getattr(self.args, flag) // 2))]
+            name = "generation_batch_size" if sampling else "micro_batch_tokens"
+            less = f"--{name.replace('_', '-')}={max(1, getattr(self.args, name) // 2)}"
             saved = (self.dir / "checkpoint.pt").exists()
-            advice = f"go on with: {self.command(*less)}" if saved else f"start anew with {' '.join(less)}"
-            raise SystemExit(f"error: out of memory; {advice}") from None
+            raise SystemExit(f"error: out of memory; {self.command(less) if saved else 'start with ' + less}") from None
 
     def begin(self, learner):
         """Restores the learner, or makes the folder; opens the logs."""
@@ -1145,12 +1117,10 @@ class Run(ExitStack):
         for name, value in row.items() if prefix is not None else ():
             self.writer.add_scalar(prefix + name, value, step)
 
-    def save_in_time(self):
-        if any(gather(time.time() - self.save_time >= self.args.checkpoint_seconds)):
-            self.save()
-
-    def save(self):
-        """Writes the checkpoint. BrokenRun, and the last one stays, if a weight is not finite."""
+    def save(self, seconds=0):
+        """Writes the checkpoint if the last is so old. BrokenRun, and that one stays, if a weight is not finite."""
+        if not any(gather(time.time() - self.save_time >= seconds)):
+            return
         finite = all((x.to_local() if isinstance(x, DTensor) else x).isfinite().all() for x in self.learner.masters)
         if not all(gather(finite)):
             raise BrokenRun(f"a weight is not finite at step {self.step}")
@@ -1161,7 +1131,7 @@ class Run(ExitStack):
                 file.flush()
                 os.fsync(file.fileno())
                 state["log_sizes"][name] = file.tell()
-            stream_atomically(self.dir / "checkpoint.pt", state)
+            write_atomically(self.dir / "checkpoint.pt", state)
         self.save_time = time.time()
 
     def finish(self, model, tokenizer):
@@ -1174,12 +1144,12 @@ class Run(ExitStack):
         return str(self.dir)
 
     def stop_message(self):
-        return f"stopped at step {self.step}; go on with: {self.command()}"
+        return f"stopped at step {self.step}; {self.command()}"
 
     def command(self, *more):
-        """The command that goes on with the run."""
         launcher = ["torchrun", f"--nproc-per-node={LOCAL_WORLD_SIZE}"] if WORLD_SIZE > 1 else [sys.executable]
-        return shlex.join([*launcher, os.path.abspath(__file__), "--resume", str(self.dir.resolve()), *more])
+        words = [*launcher, os.path.abspath(__file__), "--resume", str(self.dir.resolve()), *more]
+        return f"go on with: {shlex.join(words)}"
 
 
 def say(text, end="\n"):
@@ -1201,19 +1171,6 @@ def write_atomically(path, content):
         file.write(content)
         file.flush()
         os.fsync(file.fileno())  # else a power cut could leave the new name without the content
-    os.replace(temporary, path)
-
-
-def stream_atomically(path, content):
-    """As write_atomically, but without a copy of all in memory."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # which hides that of a full disk
-            raise OSError(f"cannot write {temporary}, is the disk full? {one_line(error)}") from None
-        file.flush()
-        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
