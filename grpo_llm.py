@@ -70,7 +70,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 @dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
 class Args:
     objective: Literal["grpo", "dr_grpo", "dapo", "gspo", "sapo"] = "grpo"  # docs/grpo_llm.md has the five in a table
-    env_id: str = "addition"  # the task's name in folders and plots: built-in sums, or what --dataset has
+    env_id: str = "addition"  # the task's name: sums are built in
     dataset: str | None = None  # .json, .jsonl or .parquet file, or ID, ID:SPLIT or ID:CONFIG:SPLIT on the Hub
     eval_dataset: str | None = None  # held-out problems, in the same forms; default: those of --dataset
     model: str | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
@@ -79,12 +79,12 @@ class Args:
     # 1 for the right number: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
     reward: Literal["exact", "boxed", "majority"] = "exact"
     reward_fn: str | None = None  # module:function in place of --reward, called as TRL calls it
-    num_votes: PositiveInt = 64  # completions that vote with majority; the first --group-size are trained on
+    num_votes: PositiveInt = 64  # completions that vote; the first --group-size are trained on
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of initial weights, prompts, samples and minibatches
     total_timesteps: Count = 81_920  # completions to sample for training; 0: evaluate only
-    num_prompts: PositiveInt = 64  # prompts per iteration, all processes together, P
+    num_prompts: PositiveInt = 64  # prompts per iteration, of all processes, P
     group_size: Annotated[int, Field(ge=2)] = 8  # completions per prompt, G
-    minibatch_prompts: PositiveInt = 16  # prompts (whole groups) per gradient step, all processes together
+    minibatch_prompts: PositiveInt = 16  # prompts (whole groups) per gradient step, of all processes
     update_epochs: PositiveInt = 1  # passes over the rollout per iteration
     learning_rate: Positive = 3e-4  # Adam's step size, at the start if it is scheduled
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear, cosine: to 0 at the last step
@@ -100,7 +100,7 @@ class Args:
     tau_neg: Positive = 1.05  # sapo's temperature for negative advantages
     # divide by the group's std + 1e-6 with n - 1 (TRL), by sqrt(var + 1e-6) with n, or not; dr_grpo never does
     scale_rewards: Literal["unbiased", "biased", "none"] = "unbiased"
-    resample_rounds: Count = 10  # dapo: draws of new prompts, per iteration, for groups of equal rewards
+    resample_rounds: Count = 10  # dapo: draws of new prompts for groups of equal rewards, at most
     mask_truncated: bool = False  # leave completions that were cut off out of the loss
     kl_coef: NonNegative = 0.0  # weight of the KL divergence to the initial model (k3 estimate)
     ent_coef: NonNegative = 0.0  # weight of the entropy bonus
@@ -110,7 +110,7 @@ class Args:
     eval_problems: PositiveInt = 200  # held-out problems to evaluate on, at most
     eval_samples: PositiveInt = 8  # completions per held-out problem, k of maj@k
     eval_temperature: Positive = 0.6  # sampling temperature of evaluations
-    eval_top_p: Probability = 0.95  # they sample from the most likely tokens of this total probability
+    eval_top_p: Probability = 0.95  # from the most likely tokens of this total probability
     generator: Literal["transformers", "vllm"] = "transformers"  # vllm: an optional install, on the same device
     vllm_memory: Probability = 0.4  # fraction of the device's memory that vLLM may take
     generation_batch_size: PositiveInt = 1024  # completions sampled at a time, but at least all of one prompt
@@ -122,7 +122,7 @@ class Args:
     exp_name: str = SCRIPT  # a part of the run's name
     output_dir: str = "runs"  # parent of the run's folder
     checkpoint_seconds: NonNegative = 300  # between checkpoints; 0: one after every iteration
-    resume: str | None = None  # RUN_DIR: go on with this run; what changes memory or speed only may differ
+    resume: str | None = None  # RUN_DIR: go on with this run; flags of memory and speed may differ
     track: bool = False  # log to Weights & Biases, too (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "bounded-ratio-rl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
@@ -139,11 +139,11 @@ class Args:
         if self.reward_fn and self.reward != "exact":
             raise ValueError("--reward-fn takes the place of --reward: leave that out")
         if (self.dataset or self.generator == "vllm") and not self.model:
-            raise ValueError("--dataset and --generator vllm need --model: the built-in one is for sums only")
+            raise ValueError("--dataset and --generator vllm need --model: the built-in one reads sums only")
         if self.system_prompt and not self.chat_template:
-            raise ValueError("--system-prompt is a part of the chat template: add --chat-template")
+            raise ValueError("--system-prompt needs --chat-template")
         if self.env_id != "addition" and not self.dataset:
-            raise ValueError(f"there is no built-in task {self.env_id}: pass --dataset, or --env-id addition")
+            raise ValueError(f"there is no built-in task {self.env_id}: pass --dataset")
         if self.env_id == "addition" and self.dataset:
             self.env_id = re.sub(r"\W+", "-", Path(self.dataset).stem)
         return self
@@ -401,7 +401,7 @@ def make_vllm(args, device):
         raise BadInput("vLLM is not installed: see requirements-vllm.txt, or leave out --generator") from None
     platform = vllm.platforms.current_platform
     if not (platform.is_cpu() if device.type == "cpu" else platform.is_cuda_alike()):
-        raise BadInput(f"the vLLM installed here has no support for {device.type}: see requirements-vllm.txt")
+        raise BadInput(f"this vLLM does not support {device.type}: see requirements-vllm.txt")
     settings = dict(gpu_memory_utilization=args.vllm_memory, dtype=args.dtype, logprobs_mode="processed_logprobs")
     settings |= dict(max_model_len=args.max_prompt_length + args.max_completion_length, seed=args.seed + RANK)
     launcher = "external_launcher" if WORLD_SIZE > 1 else "uni"
@@ -879,7 +879,7 @@ def train(args):
             iteration = learner.updates // (args.update_epochs * len(minibatches))
             if iteration % args.eval_interval == 0 or step >= args.total_timesteps:
                 run.log_evaluation(evaluate(sampler, held_out, args))
-            run.save_in_time()
+            run.save(args.checkpoint_seconds)
         return run.finish(model, tokenizer)
 
 
@@ -1012,7 +1012,7 @@ class Run(ExitStack):
         super().__exit__(kind, error, trace)
         if self.stopping and isinstance(error, Exception):  # of a library that Ctrl-C has reached as well
             raise SystemExit(self.stop_message()) from None
-        if self.learner and failure(error) == "memory":
+        if self.learner and out_of_memory(error):
             sampling = any(frame.name == "sample" for frame in traceback.extract_tb(trace))
             name = "generation_batch_size" if sampling else "micro_batch_tokens"
             less = f"--{name.replace('_', '-')}={max(1, getattr(self.args, name) // 2)}"
@@ -1125,12 +1125,10 @@ class Run(ExitStack):
         for name, value in row.items() if prefix is not None else ():
             self.writer.add_scalar(prefix + name, value, step)
 
-    def save_in_time(self):
-        if any(gather(time.time() - self.save_time >= self.args.checkpoint_seconds)):
-            self.save()
-
-    def save(self):
-        """Writes the checkpoint. BrokenRun, and the last one stays, if a weight is not finite."""
+    def save(self, seconds=0):
+        """Writes the checkpoint if the last is so old. BrokenRun, and that one stays, if a weight is not finite."""
+        if not any(gather(time.time() - self.save_time >= seconds)):
+            return
         finite = all((x.to_local() if isinstance(x, DTensor) else x).isfinite().all() for x in self.learner.masters)
         if not all(gather(finite)):
             raise BrokenRun(f"a weight is not finite at step {self.step}")
@@ -1141,11 +1139,7 @@ class Run(ExitStack):
                 file.flush()
                 os.fsync(file.fileno())
                 state["log_sizes"][name] = file.tell()
-            temporary = self.dir / "checkpoint.pt.tmp"
-            torch.save(state, temporary)  # write_atomically would hold it in memory a second time
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(self.dir / "checkpoint.pt")
+            write_atomically(self.dir / "checkpoint.pt", state)
         self.save_time = time.time()
 
     def finish(self, model, tokenizer):
@@ -1188,11 +1182,8 @@ def write_atomically(path, content):
     os.replace(temporary, path)
 
 
-def failure(error):
-    """What the machine could not give, memory or disk, or None: PyTorch raises RuntimeError for both."""
-    if isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error)):
-        return "memory"
-    return "disk" if re.search("PytorchStreamWriter|inline_container|file write", str(error)) else None
+def out_of_memory(error):
+    return isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error))
 
 
 def one_line(error):
@@ -1246,7 +1237,7 @@ if __name__ == "__main__":
     except BrokenRun as error:
         sys.exit(f"error: {error}. The last good checkpoint is kept; resumed with the same settings it ends here again")
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not failure(error):
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         sys.exit(f"error: {error}")
     finally:

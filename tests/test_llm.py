@@ -721,9 +721,9 @@ def test_fsdp_needs_a_held_out_problem_for_each_process(script, tiny, tmp_path, 
     monkeypatch.setattr(script, "WORLD_SIZE", 3)
     own = dict(fsdp=True, model="x", dataset=write_rows(tmp_path / "x.json", ROWS * 2))
     few = write_rows(tmp_path / "few.json", ROWS)
-    for settings in ({"eval_problems": 2}, {"eval_dataset": few}):
+    for other in ({"eval_problems": 2}, {"eval_dataset": few}):
         with pytest.raises(script.BadInput, match="each of the 3 processes"):
-            script.make_problems(script.Args(**own, **settings), tiny[1])
+            script.make_problems(script.Args(**own, **other), tiny[1])
     assert len(script.make_problems(script.Args(**own, eval_problems=3), tiny[1])[1]) == 4
 
 
