@@ -59,4 +59,3 @@ def test_every_metric_of_the_atari_pair_is_documented(script, tmp_path):
     page = (ROOT / "docs" / "bpo_atari_envpool.md").read_text()
     names = ["charts/episodic_return", "charts/episodic_length", *header.split(",")[1:]]
     assert len(names) > 15 and not [name for name in names if f"`{name}`" not in page]
-
