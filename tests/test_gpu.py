@@ -41,7 +41,7 @@ def test_gradients_are_those_of_the_cpu_and_nothing_waits(script, settings, tmp_
     def compare(*args):
         *before, agent, batch, settings = args
         torch.set_float32_matmul_precision("highest")
-        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee", raising=False)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         gradient, stats = original(*args) if not calls else without_waiting(original)(*args)
         slow = {name: x.cpu() for name, x in batch.items()}
         expected, expected_stats = original(*before, copy.deepcopy(agent).cpu(), slow, settings)
