@@ -313,7 +313,7 @@ def make_envs(args, num_envs, key, render=False):
     except ImportError as error:
         raise BadInput(f"the simulator of {args.env_id} is not installed ({error}): {install}") from None
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("allocate|out of memory", str(error)):
             raise
         raise BadInput(f"{num_envs} environments of {args.env_id} do not fit into memory: lower --num-envs") from None
     return envs, envs.obs_space, envs.action_space
