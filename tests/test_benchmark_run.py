@@ -227,6 +227,7 @@ RUNS |= dict(
     llm_objectives=30,
     released_mujoco=12,
     rebuilt_hopper=20,
+    tune_mujoco=96,
 )
 
 
