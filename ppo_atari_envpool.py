@@ -570,6 +570,9 @@ class Follower(Run):
     def finish(self, step):
         pass
 
+    def stop_message(self):
+        return 1  # an exit status: the first process says it in words
+
 
 def say(text, end="\n"):
     """Prints a line; a reader that went away (as in `| head`) does not end the run."""

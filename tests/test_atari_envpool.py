@@ -285,6 +285,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does_on_the_same_data(tmp_path):
     """Gradients of halves whose own advantage moments differ from the whole's; steps and games in order."""
     cases, expected = [], []
