@@ -199,6 +199,15 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(script, literal, 
         assert measured["theory/improvement_bound"] == pytest.approx(bound, rel=1e-5)
 
 
+@SCRIPTS
+def test_statistics_of_one_sample_are_finite(script):
+    """Two processes have one each of a minibatch of two."""
+    args, agent = make_agent(script, norm_adv=True)
+    batch = make_batch(script, agent, frames(2), spread=0.005)
+    one = {name: x if name == "moments" else x[:1] for name, x in batch.items()}
+    assert np.isfinite(list(script.measure(agent, one, args).values())).all()
+
+
 # --- the update
 
 
