@@ -713,6 +713,9 @@ if __name__ == "__main__":
         train(args)
         if RANK:
             os._exit(0)  # an orderly exit has been seen to abort, while threads of the libraries were still ending
+    except SystemExit:
+        time.sleep(5 if RANK else 0)  # else torchrun might end the first process before it has said what is wrong
+        raise
     except (BadInput, Timeout) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
