@@ -63,7 +63,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 
 @dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
 class Args:
-    env_id: str = "Breakout-v5"  # a game of EnvPool's; PongNoFrameskip-v4 is Pong-v5, too
+    env_id: str = "Breakout-v5"  # an EnvPool game; PongNoFrameskip-v4 is Pong-v5, too
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of simulators, initial weights, actions and minibatches
     total_timesteps: PositiveInt = 10_000_000  # environment steps, all environments together; a step is four frames
     num_envs: Size = 8  # environments in parallel, N, all processes together
@@ -80,7 +80,7 @@ class Args:
     ratio_high: float | None = None  # c_h, in place of 1 + epsilon
     temperature: Positive = 0.001  # lambda of Eq. 9; with norm_adv in standard deviations of the advantage
     median_temperature: Positive | None = 1.0  # lambda of Eq. 15 (1: authors' code); None: --temperature
-    median_network: Literal["linear-head", "mlp-head", "none"] = "linear-head"  # none: the value; code: mlp-head
+    median_network: Literal["linear-head", "mlp-head", "none"] = "linear-head"  # none: the value; authors: mlp-head
     median_coef: NonNegative = 0.5  # w_2, weight of the median loss
     divergence: Literal["atv", "tv", "kl"] = "atv"  # advantage-weighted total variation (Eq. 12), plain (Eq. 11), KL
     tv_coef: NonNegative = 0.0  # alpha_1, weight of tv beside atv (Eq. 16)
@@ -639,6 +639,9 @@ class Follower(Run):
     def finish(self, step):
         pass
 
+    def stop_message(self):
+        return 1  # an exit status: the first process says it in words
+
 
 def say(text, end="\n"):
     """Prints a line; a reader that went away (as in `| head`) does not end the run."""
@@ -779,6 +782,9 @@ if __name__ == "__main__":
         train(args)
         if RANK:
             os._exit(0)  # an orderly exit has been seen to abort, while threads of the libraries were still ending
+    except SystemExit:
+        time.sleep(5 if RANK else 0)  # else torchrun might end the first process before it has said what is wrong
+        raise
     except (BadInput, Timeout) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -199,6 +199,15 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(script, literal, 
         assert measured["theory/improvement_bound"] == pytest.approx(bound, rel=1e-5)
 
 
+@SCRIPTS
+def test_statistics_of_one_sample_are_finite(script):
+    """Two processes have one each of a minibatch of two."""
+    args, agent = make_agent(script, norm_adv=True)
+    batch = make_batch(script, agent, frames(2), spread=0.005)
+    one = {name: x if name == "moments" else x[:1] for name, x in batch.items()}
+    assert np.isfinite(list(script.measure(agent, one, args).values())).all()
+
+
 # --- the update
 
 
@@ -285,6 +294,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does_on_the_same_data(tmp_path):
     """Gradients of halves whose own advantage moments differ from the whole's; steps and games in order."""
     cases, expected = [], []
