@@ -249,7 +249,7 @@ PAIRS = {
         peer="trl",
         ratio="times TRL",
         run_peer=peer_llm,
-        flags="--model={model} --device=cpu --eval-interval=1000 --checkpoint-interval=1000",
+        flags="--model={model} --device=cpu --eval-interval=1000 --checkpoint-seconds=1000",
         steps=512,
         programs=("gbpo_llm", "grpo_llm"),
         defaults=dict(iterations=20),
@@ -410,8 +410,8 @@ def make_cases(args, pair, folder):
         case["game"] = case["env_id"].removesuffix("-v5")
     if args.pair == "llm":  # one model for all
         script = str(ROOT / "gbpo_llm.py")
-        run_pinned([script, f"--output-dir={folder}", "--total-timesteps=512", "--device=cpu"], args.cores)
-        case["model"] = str(next(Path(folder).glob("*/initial_model")))
+        run_pinned([script, f"--output-dir={folder}", "--total-timesteps=0", "--device=cpu"], args.cores)
+        case["model"] = str(next(Path(folder).glob("*/model")))
     if args.pair == "mjlab":
         os.environ["MUJOCO_GL"] = "disable"
         import mjlab.tasks  # noqa: F401 (registers the tasks)

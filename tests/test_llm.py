@@ -1,19 +1,22 @@
 """The functions of gbpo_llm.py and grpo_llm.py against literal formulas, and the likeness of the two."""
 
 import ast
+import inspect
 import json
 import math
+import re
 import time
 from fractions import Fraction
 from pathlib import Path
 
+import pydantic
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bpo_atari_envpool as bpo
+import bpo_continuous_action as bpo
 import gbpo_llm as gbpo
 import grpo_llm as grpo
 
@@ -32,7 +35,7 @@ def tiny():
     return gbpo.make_model(gbpo.Args(), torch.device("cpu"))
 
 
-# ---------------------------------------------------------------------------------------------------------- advantages
+# --- advantages
 
 
 def literal_deviation(group, scale):
@@ -100,7 +103,7 @@ def test_the_majority_is_held_at_a_ratio_of_exactly_one(low, high, monkeypatch):
     assert (ratios == 1).all() and loss == 0 and loss.dtype == torch.float32
 
 
-# ----------------------------------------------------------------------------------------------------------- objectives
+# --- objectives
 
 
 def random_batch(seed, rows=6, length=5):
@@ -182,7 +185,7 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
         assert gradient.abs().sum() > 0 and not gradient[batch["mask"] == 0].any()
         low, high = script.ratio_bounds(args)
         ratio = (log_probs - batch["old_log_probs"]).exp()[batch["mask"] > 0]
-        assert torch.equal(ratios, ratio)
+        assert torch.equal(ratios[batch["mask"] > 0], ratio)
         outside = ((ratio < low) | (ratio > high)).sum().item()
         assert 0 < outside or high > 3
         assert stats["clip_ratio/region_mean"].item() == pytest.approx(outside / batch["tokens"])
@@ -232,13 +235,22 @@ def test_losses_equal_those_of_trl(objective, monkeypatch):
 
 
 @SCRIPTS
-def test_ratio_statistics_describe_each_side_of_one(script):
-    stats = script.ratio_statistics(torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5]), 0.6, 1.4)
-    assert stats["ratio/out_of_bounds"] == pytest.approx(2 / 5)
-    assert stats["ratio/high_mean"] == pytest.approx(1.2) and stats["ratio/low_mean"] == pytest.approx(0.8)
+def test_metrics_describe_votes_groups_and_the_ratios_on_each_side_of_one(script):
+    """Three completions vote, the first two are trained on; where no truth is known a statistic is NaN."""
+    rewards, nan = torch.tensor([[1.0, 1, 0], [0, 1, 1]]).double(), math.nan
+    stats = {"reward": rewards, "length": torch.tensor([[1.0, 2, 6], [3, 3, 3]]), "ttrl/x": torch.tensor([nan, 0.5])}
+    ratios = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5])
+    metrics = script.measure(stats, ratios, script.Args(group_size=2, clip_coef=0.4))
+    expected = {"reward": 4 / 6, "reward_std": 0.5**0.5 / 2, "frac_reward_zero_std": 0.5, "ttrl/x": 0.5}
+    expected |= {"completions/mean_length": 3, "completions/max_length": 6, "ratio/max": 1.5, "ratio/min": 0.5}
+    expected |= {"ratio/out_of_bounds": 2 / 5, "ratio/high_mean": 1.2, "ratio/low_mean": 0.8}
+    expected |= {"ratio/high_std": 0.2160247, "ratio/low_std": 0.2160247}
+    assert metrics == pytest.approx(expected)
+    nothing = script.measure(stats, torch.ones(0), script.Args(group_size=2))
+    assert nothing["ratio/max"] == nothing["ratio/low_mean"] == 1 and nothing["ratio/out_of_bounds"] == 0
 
 
-# -------------------------------------------------------------------------------------------------- log-probabilities
+# --- log-probabilities
 
 
 PROMPTS = [[5, 6, 12, 7, 13], [9, 12, 4, 13], [3, 3, 12, 8, 8, 13]]
@@ -252,7 +264,7 @@ def test_padding_on_either_side_changes_nothing(tiny, prompts):
     Attention gets no mask where padding on the right is all there is: its kernels for causal attention are faster.
     """
     model, _ = tiny
-    batch, masks = gbpo.collate(prompts, COMPLETIONS, 0, "cpu"), []
+    batch, masks = gbpo.collate(prompts, COMPLETIONS, "cpu"), []
     if prompts is PROMPTS:
         assert batch["ids"].shape == (3, 10) and batch["ids"][1].tolist() == [0, 0, 9, 12, 4, 13, 7, 1, 0, 0]
     attention = model.model.layers[0].self_attn
@@ -272,7 +284,7 @@ def test_padding_on_either_side_changes_nothing(tiny, prompts):
 
 def test_a_padding_token_within_a_completion_counts(tiny):
     """Masks come from lengths, never from token numbers: a sampled <pad> is a token like any other."""
-    batch = gbpo.collate([[5, 13]], [[0, 0, 1]], 0, "cpu")
+    batch = gbpo.collate([[5, 13]], [[0, 0, 1]], "cpu")
     assert batch["mask"].tolist() == [[1, 1, 1]] and batch["attention_mask"].tolist() == [[1] * 5]
 
 
@@ -405,7 +417,7 @@ def test_pack_keeps_every_row_once_and_the_budget(sizes, budget):
     assert len(gbpo.pack(prompts, completions, 10_000, len(sizes))) == len(sizes)
 
 
-# --------------------------------------------------------------------------------------------------------- generation
+# --- generation
 
 
 def literal_generation(model, prompt, uniforms, temperature, top_p, stop):
@@ -475,7 +487,11 @@ def test_a_model_that_cannot_be_trained_is_bad_input(script, tiny, tmp_path):
     )  # fmt: skip
     mamba = transformers.MambaConfig(vocab_size=14, hidden_size=8, num_hidden_layers=1)
     for name, model, words in (
-        ("headless", transformers.Qwen2Model(config), "is no whole language model: it has no weights for lm_head"),
+        (
+            "headless",
+            transformers.Qwen2Model(config),
+            "headless is no whole language model: it has no weights for lm_head",
+        ),
         ("mamba", transformers.MambaForCausalLM(mamba), "keeps no key-value cache"),
     ):
         model.save_pretrained(tmp_path / name)
@@ -515,7 +531,7 @@ def test_shares_of_the_processes_make_the_whole(monkeypatch):
         assert torch.equal(part, x[4 * minibatch : 4 * minibatch + 4])
 
 
-# ------------------------------------------------------------------------------------------------------------- rewards
+# --- rewards
 
 
 @pytest.mark.parametrize(
@@ -565,11 +581,11 @@ ABSURD += ["\\frac{" * 10**5, "1e999999999", "\\boxed{1e999999999}", "\0" * 10**
 
 
 def test_absurd_completions_cost_milliseconds_and_earn_nothing():
-    problem = {"number": Fraction(3)}
     for reward in ("exact", "boxed", "majority"):
         for text in ABSURD:
             start = time.perf_counter()
-            rewards, _ = gbpo.true_rewards([problem], [[text]], gbpo.Args(reward=reward))
+            group = {"problem": {"number": Fraction(3)}, "texts": [text]}
+            rewards = gbpo.true_rewards([group], gbpo.Args(reward=reward))
             assert rewards.item() == 0 and time.perf_counter() - start < 0.05, text[:20]
 
 
@@ -579,9 +595,10 @@ def test_majority_vote():
 
 
 def test_majority_rewards_and_their_accuracy():
-    problems = [{"number": Fraction(5)}, {"number": Fraction(7)}, {"number": Fraction(1)}, {"number": None}]
+    truths = [Fraction(5), Fraction(7), Fraction(1), None]
     texts = [["5", "\\boxed{5}", "4", "x"], ["8", "8", "7", "8"], ["?", "", "1/0", "\\boxed{}"], ["3", "?", "3", "3"]]
-    rewards, stats = gbpo.majority_rewards(problems, texts, gbpo.Args(reward="majority"))
+    groups = [{"problem": {"number": truth}, "texts": group} for truth, group in zip(truths, texts)]
+    rewards, stats = gbpo.majority_rewards(groups, gbpo.Args(reward="majority"))
     assert rewards.tolist() == [[1, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]]
     assert stats["ttrl/label_accuracy"].tolist() == pytest.approx([1, 0, 0, math.nan], nan_ok=True)
     assert stats["ttrl/majority_ratio"].tolist() == [0.5, 0.75, 0, 0.75]
@@ -591,10 +608,10 @@ def test_majority_rewards_and_their_accuracy():
 @SCRIPTS
 def test_votes_need_no_answers_but_evaluations_do(script, tiny, tmp_path):
     rows = [{"prompt": "1+1="}, {"prompt": "2+2=", "answer": "4"}, {"prompt": "3+\ud800=", "answer": "4"}]
-    args = script.Args(dataset=write_rows(tmp_path / "x.json", rows), reward="majority")
+    args = script.Args(model="x", dataset=write_rows(tmp_path / "x.json", rows), reward="majority")
     train, held_out = script.make_problems(args, tiny[1])
     assert [x["row"] for x in train] == rows[:2] and [x["row"] for x in held_out] == rows[1:2]
-    assert len(script.make_problems(script.Args(dataset=args.dataset), tiny[1])[0]) == 1
+    assert len(script.make_problems(script.Args(model="x", dataset=args.dataset), tiny[1])[0]) == 1
     args.dataset = write_rows(tmp_path / "y.json", rows[:1])
     with pytest.raises(script.BadInput, match="y.json has no answers to evaluate with: pass --eval-dataset"):
         script.make_problems(args, tiny[1])
@@ -608,14 +625,14 @@ def test_a_reward_function_must_return_a_finite_number_for_each_completion(scrip
     """None, TRL's "not applicable", is refused: left out of a group it would change who is compared with whom."""
     monkeypatch.setattr(script, "load_function", lambda _: lambda **__: rewards)
     problem = {"prompt": "1+1=", "row": {"prompt": "1+1=", "answer": "2"}}
-    with pytest.raises(SystemExit, match="my:f must return 2 finite numbers"):
-        script.true_rewards([problem], [["2", "3"]], script.Args(reward_fn="my:f"))
+    groups, args = [{"problem": problem, "texts": ["2", "3"]}], script.Args(reward_fn="my:f")
+    with pytest.raises(script.BrokenRun, match="my:f must return 2 finite numbers"):
+        script.true_rewards(groups, args)
     monkeypatch.setattr(script, "load_function", lambda _: lambda **__: [True, 0.5])
-    found, _ = script.true_rewards([problem], [["2", "3"]], script.Args(reward_fn="my:f"))
-    assert found.tolist() == [[1.0, 0.5]]
+    assert script.true_rewards(groups, args).tolist() == [[1.0, 0.5]]
 
 
-# ------------------------------------------------------------------------------------------------------------ problems
+# --- problems
 
 ROWS = [{"prompt": "1+1=", "answer": "2", "source": "a"}, {"prompt": "2+2=", "answer": 4.0, "id": 7}]
 
@@ -644,7 +661,7 @@ def test_bad_rows_are_named_counted_and_left_out(tiny, tmp_path, capsys):
     rows += [{"prompt": "1" * 600, "answer": "1"}, {"prompt": "3+3=", "answer": None}, ROWS[1]]
     rows = gbpo.read_rows(write_rows(tmp_path / "x.json", rows))
     assert len(gbpo.usable_problems(rows, "x.json", gbpo.Args(), tiny[1])) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().out.splitlines()
     assert "6 of 8 rows left out" in line and "row 1 has no prompt" in line and "row 3 has no number" in line
     args = gbpo.Args(reward_fn="a:b")  # answers may be anything then
     assert len(gbpo.usable_problems(rows, "x.json", args, tiny[1])) == 4
@@ -662,7 +679,7 @@ def test_a_line_of_a_jsonl_file_ends_at_its_newline_only(tmp_path):
 def test_a_file_without_a_usable_row_is_bad_input(tiny, tmp_path, text, suffix):
     (tmp_path / f"x{suffix}").write_text(text)
     with pytest.raises(gbpo.BadInput) as error:
-        gbpo.make_problems(gbpo.Args(dataset=str(tmp_path / f"x{suffix}")), tiny[1])
+        gbpo.make_problems(gbpo.Args(model="x", dataset=str(tmp_path / f"x{suffix}")), tiny[1])
     assert "\n" not in str(error.value)
 
 
@@ -699,19 +716,18 @@ def test_held_out_problems_may_be_of_a_file_without_a_dataset(script, tiny, tmp_
 
 
 @SCRIPTS
-def test_fsdp_with_vllm_needs_a_held_out_problem_for_each_process(script, tiny, tmp_path, monkeypatch):
+def test_fsdp_needs_a_held_out_problem_for_each_process(script, tiny, tmp_path, monkeypatch):
     """A process without one would not take part in gathering the weights, and the others would wait for it."""
     monkeypatch.setattr(script, "WORLD_SIZE", 3)
-    problems, few = write_rows(tmp_path / "x.json", ROWS * 2), write_rows(tmp_path / "few.json", ROWS)
-    for own in ({"eval_problems": 2}, {"eval_dataset": few}):
-        args = script.Args(fsdp=True, generator="vllm", dataset=problems, **own)
+    own = dict(fsdp=True, model="x", dataset=write_rows(tmp_path / "x.json", ROWS * 2))
+    few = write_rows(tmp_path / "few.json", ROWS)
+    for other in ({"eval_problems": 2}, {"eval_dataset": few}):
         with pytest.raises(script.BadInput, match="each of the 3 processes"):
-            script.make_problems(args, tiny[1])
-    args = script.Args(fsdp=True, generator="vllm", dataset=problems, eval_problems=3)
-    assert len(script.make_problems(args, tiny[1])[1]) == 4
+            script.make_problems(script.Args(**own, **other), tiny[1])
+    assert len(script.make_problems(script.Args(**own, eval_problems=3), tiny[1])[1]) == 4
 
 
-# ------------------------------------------------------------------------------------------------------------ siblings
+# --- siblings
 
 
 def definitions(script):
@@ -725,12 +741,11 @@ def definitions(script):
 DIFFERENT = {
     "Args": "GRPO's objectives, GBPO's target and aggregation",
     "ratio_bounds": "DAPO's upper bound",
-    "check_args": "own options",
     "group_advantages": "the median",
     "token_weights": "equation numbers",
     "minibatch_loss": "the objective",
     "make_minibatches": "median advantages, the objective's aggregation",
-    "train": "dynamic sampling is DAPO's",
+    "rollout": "dynamic sampling is DAPO's",
 }
 
 
@@ -739,70 +754,80 @@ def test_what_the_siblings_share_is_the_same_text():
     assert set(ours) - set(theirs) == {"target_ratio", "policy_loss"}
     assert set(theirs) - set(ours) == {f"{name}_loss" for name in OBJECTIVES}
     assert {name for name in ours if name in theirs and ours[name] != theirs[name]} == set(DIFFERENT)
-    changed = [x for x in zip(ours["train"].splitlines(), theirs["train"].splitlines(), strict=True) if x[0] != x[1]]
-    assert len(changed) == 1 and "resample_rounds" in changed[0][1]
 
 
 def test_text_shared_with_the_other_scripts_is_the_same():
     ours, theirs = definitions(gbpo), definitions(bpo)
-    names = "BadInput ratio_bounds target_ratio policy_loss ratio_statistics write_atomically trim request_stop"
-    names += " check_same_settings"
+    names = "BadInput BrokenRun say write_atomically one_line load_run ratio_bounds target_ratio policy_loss"
     assert not [name for name in names.split() if ours[name] != theirs[name]]
+    for method in ("request_stop",):
+        assert inspect.getsource(getattr(gbpo.Run, method)) == inspect.getsource(getattr(bpo.Run, method))
 
 
 @SCRIPTS
-def test_script_imports_no_file_of_this_project(script):
-    imported = set()
-    for node in ast.walk(ast.parse(Path(script.__file__).read_text())):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            imported |= {x.name.split(".")[0] for x in node.names} | {
-                (getattr(node, "module", None) or "").split(".")[0]
-            }
-    assert not [name for name in imported if name and (ROOT / f"{name}.py").exists()]
+def test_functions_are_short_and_no_file_of_this_project_is_imported(script):
+    nodes = list(ast.walk(ast.parse(Path(script.__file__).read_text())))
+    lengths = {x.name: x.end_lineno - x.lineno + 1 for x in nodes if isinstance(x, ast.FunctionDef)}
+    assert len(lengths) > 60 and max(lengths.values()) <= 60, max(lengths, key=lengths.get)
+    imported = [name.name for x in nodes if isinstance(x, ast.Import) for name in x.names]
+    imported += [x.module for x in nodes if isinstance(x, ast.ImportFrom)]
+    names = {x.split(".")[0] for x in imported}
+    assert "torch" in names and not [x for x in names if (ROOT / f"{x}.py").exists() or (ROOT / x).is_dir()]
 
 
 @SCRIPTS
-def test_every_option_has_a_help_text(script):
-    body = next(x for x in ast.parse(Path(script.__file__).read_text()).body if getattr(x, "name", "") == "Args").body
-    for field, text in zip(body[::2], body[1::2], strict=True):
-        assert isinstance(field, ast.AnnAssign) and isinstance(text.value.value, str), ast.unparse(field)
+def test_every_option_has_a_help_text(script, capsys):
+    source = Path(script.__file__).read_text().split("class Args:")[1].split("    @model_validator")[0]
+    texts = re.findall("# (.+)", source)
+    assert len(texts) == len(script.dataclasses.fields(script.Args))
+    with pytest.raises(SystemExit):
+        script.read_args(["--help"])
+    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert not [text for text in texts if f" {text} (default: " not in shown]
+
+
+BAD_VALUES = dict(group_size=[1], num_prompts=[0, 10], minibatch_prompts=[0, 128], learning_rate=[math.nan, 0.0])
+BAD_VALUES |= dict(ratio_low=[1.0, -0.1], ratio_high=[0.9, math.inf], clip_coef=[1.5], env_id=["Hopper-v4"])
+BAD_VALUES |= dict(system_prompt=["Add."], eval_top_p=[0.0], generator=["vllm"], total_timesteps=[-1], seed=[2**31])
+BAD_VALUES |= dict(dataset=["x.json"], no_such_setting=[1], micro_batch_tokens=[0], warmup_accuracy=[1.0])
 
 
 @SCRIPTS
-@pytest.mark.parametrize(
-    "overrides, part",
-    [({"group_size": 1}, "--group-size must be at least 2"), ({"num_prompts": 10}, "--minibatch-prompts must divide")]
-    + [({"learning_rate": math.nan}, "--learning-rate"), ({"ratio_low": 1.0}, "the ratio's bounds")]
-    + [({"reward": "majority", "num_votes": 4}, "--num-votes"), ({"env_id": "Hopper-v4"}, "no built-in task")]
-    + [({"system_prompt": "Add."}, "add --chat-template")]
-    + [({"eval_top_p": 0.0}, "--eval-top-p"), ({"generator": "vllm"}, "needs --model"), ({"fsdp": True}, "torchrun")],
-)
-def test_bad_settings_are_named(script, overrides, part):
-    with pytest.raises(script.BadInput, match=part):
-        script.check_args(script.Args(**overrides))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@SCRIPTS
-def test_a_missing_gpu_is_named(script):
-    with pytest.raises(script.BadInput, match="there is no GPU"):
-        script.check_args(script.Args(device="cuda"))
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_bad_settings_are_refused(script, name):
+    for value in BAD_VALUES[name]:
+        with pytest.raises(pydantic.ValidationError):
+            script.Args(**{name: value})
 
 
 @SCRIPTS
-def test_more_processes_than_gpus_are_named(script, monkeypatch):
+def test_settings_that_exclude_each_other_are_refused(script):
+    for own in (dict(reward="majority", num_votes=4), dict(reward="boxed", reward_fn="a:b")):
+        with pytest.raises(pydantic.ValidationError, match="--num-votes|takes the place of --reward"):
+            script.Args(**own)
+
+
+@SCRIPTS
+def test_a_machine_that_does_not_fit_is_named(script, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for own, part in ((dict(device="cuda"), "no GPU"), (dict(fsdp=True), "torchrun --nproc-per-node N")):
+        with pytest.raises(script.BadInput, match=part):
+            script.start_processes(script.Args(**own))
+    monkeypatch.setattr(script, "WORLD_SIZE", 3)
+    with pytest.raises(script.BadInput, match="--minibatch-prompts must be a multiple of the 3 processes"):
+        script.start_processes(script.Args())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    script.check_args(script.Args())
-    monkeypatch.setattr(script, "LOCAL_RANK", 1)
-    script.check_args(script.Args(device="cpu"))
+    monkeypatch.setattr(script, "LOCAL_WORLD_SIZE", 2)  # all of a machine's processes say so, not the second one alone
     with pytest.raises(script.BadInput, match="every process needs its own GPU, and there are 1"):
-        script.check_args(script.Args())
+        script.start_processes(script.Args())
 
 
 @SCRIPTS
 def test_processes_on_gpus_avoid_cudnn_attention_and_wait_longer_than_a_checkpoint_takes(script, monkeypatch):
     calls = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
     monkeypatch.setattr(script.dist, "init_process_group", lambda *args, **kwargs: calls.update(kwargs, backend=args))
     monkeypatch.setattr(script, "WORLD_SIZE", 2)
