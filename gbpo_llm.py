@@ -427,12 +427,12 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
             completions = generate(model, prompts, uniforms, *options, args.generation_batch_size)
             log_probs = [None] * len(completions)
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    lengths = torch.tensor([len(x) for x in completions]).view(-1, copies).double()
+    truncated = torch.tensor([x[-1] not in stop_ids for x in completions]).view(-1, copies).double()
     for i, problem in enumerate(problems):
         rows = slice(i * copies, (i + 1) * copies)
         group = dict(problem=problem, completions=completions[rows], log_probs=log_probs[rows], texts=texts[rows])
-        group["lengths"] = torch.tensor([len(x) for x in completions[rows]]).double()
-        group["truncated"] = torch.tensor([x[-1] not in stop_ids for x in completions[rows]]).double()
-        groups.append(group)
+        groups.append(group | dict(lengths=lengths[i], truncated=truncated[i]))
     return groups
 
 
@@ -695,10 +695,10 @@ def make_minibatches(model, reference, groups, args):
     for start in range(0, len(groups), size):
         part = groups[start : start + size]
         prompts = [group["problem"]["ids"] for group in part for _ in group["completions"]]
-        completions, theirs = ([x for group in part for x in group[name]] for name in ("completions", "log_probs"))
+        completions, sampled = ([x for group in part for x in group[name]] for name in ("completions", "log_probs"))
         keep = 1 - torch.cat([group["truncated"] for group in part]).float() * args.mask_truncated
-        own = {"keep": keep, "advantages": advantages[start : start + size].flatten().float()}
-        own["median_advantages"] = median_advantages[start : start + size].flatten().float()
+        columns = {"keep": keep, "advantages": advantages[start : start + size].flatten().float()}
+        columns["median_advantages"] = median_advantages[start : start + size].flatten().float()
         lengths = torch.tensor([len(x) for x in completions])
         tokens = max(1.0, sum(gather((keep * lengths).sum().item())))
         counts = args.minibatch_prompts * args.group_size, tokens, args.max_completion_length
@@ -708,7 +708,7 @@ def make_minibatches(model, reference, groups, args):
         minibatches.append([])
         for rows in parts:
             batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], model.device)
-            batch |= {name: x[rows].to(model.device) for name, x in own.items()}
+            batch |= {name: x[rows].to(model.device) for name, x in columns.items()}
             batch["mask"] *= batch["keep"][:, None]
             batch["weights"] = token_weights(batch["mask"], args.aggregation, *counts)
             batch["tokens"] = tokens
@@ -716,9 +716,8 @@ def make_minibatches(model, reference, groups, args):
                 if policy is not None:
                     batch[name], _ = token_log_probs(policy, batch, args.sampling_temperature, entropy=False)
             if args.generator == "vllm":  # its probabilities differ a little: importance weights, at most 2
-                sampled = [torch.tensor(theirs[i]) for i in rows]
-                sampled = nn.utils.rnn.pad_sequence(sampled, batch_first=True).to(model.device)
-                batch["weights"] *= (batch["old_log_probs"] - sampled).exp().clamp(max=2)
+                theirs = nn.utils.rnn.pad_sequence([torch.tensor(sampled[i]) for i in rows], batch_first=True)
+                batch["weights"] *= (batch["old_log_probs"] - theirs.to(model.device)).exp().clamp(max=2)
             minibatches[-1].append(batch)
     return minibatches
 
@@ -846,7 +845,7 @@ def train(args):
         if args.reward_fn:
             load_function(args.reward_fn)
         engine = make_vllm(args, device) if args.generator == "vllm" else None
-        if not args.model and (args.kl_coef or not run.saved):
+        if not args.model and (args.kl_coef or not run.saved):  # a resumed run needs it for the reference only
             warm_up(model, tokenizer, problems, args)
         reference = copy.deepcopy(model) if args.kl_coef else None
         for whole in filter(None, (model, reference) if args.fsdp else ()):
@@ -858,8 +857,8 @@ def train(args):
             run.log_evaluation(evaluate(sampler, held_out, args))
             run.save()
         while not run.ended():
-            start = time.perf_counter()
-            groups, stats = rollout(sampler, problems, run.step // num_samples(args), args)
+            start, drawn = time.perf_counter(), run.step // num_samples(args)  # prompts so far
+            groups, stats = rollout(sampler, problems, drawn, args)
             minibatches = make_minibatches(model, reference, groups, args)
             middle, step = time.perf_counter(), run.step + stats["reward"].numel()
             generator = make_generator("minibatches", args.seed, step // num_samples(args))
@@ -989,13 +988,13 @@ class Run(ExitStack):
 
     def load(self):
         """Locks the folder and reads the checkpoint, if this is to resume a run."""
-        serialization.config.load.mmap = True  # reads of a checkpoint only what a process needs
         if self.args.resume is not None:
             self.dir = Path(self.args.resume)
             load_run(self.dir, "checkpoint.pt")
             if RANK == 0:
                 self.enter_context(FileLock(self.dir / "lock", timeout=0))
-            _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
+            with serialization.config.patch("load.mmap", True):  # a process reads only what it needs
+                _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
             self.step = self.saved["step"]
             if self.step >= self.args.total_timesteps and (self.dir / "model").exists():
                 raise BadInput(f"{self.dir} is complete: to go on, add a larger --total-timesteps")
