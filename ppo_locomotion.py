@@ -727,8 +727,9 @@ class Run(ExitStack):
         except OSError as error:
             raise BadInput(f"cannot make {self.dir}: {error.strerror}; choose another --output-dir") from None
         self.enter_context(FileLock(self.dir / "lock", timeout=0))
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+        git = "git --no-optional-locks describe --always --dirty --abbrev=40".split()
+        settings = dict(cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+        commit = subprocess.run(git, **settings).stdout.strip() if shutil.which("git") else ""
         modules = {"torch", "gymnasium", "numpy", "envpool", "mjlab", "isaaclab"} & set(sys.modules)
         about = {"format": FORMAT, "script": SCRIPT, "commit": commit, "python": sys.version.split()[0]}
         return about | {"versions": {name: version(name) for name in sorted(modules)}}

@@ -57,7 +57,5 @@ def test_every_metric_of_the_atari_pair_is_documented(script, tmp_path):
     args = script.Args(env_id="Pong-v5", device="cpu", output_dir=str(tmp_path), **sizes)
     header = Path(script.train(args), "metrics.csv").read_text().splitlines()[0]
     page = (ROOT / "docs" / "bpo_atari_envpool.md").read_text()
-    names = re.findall(r'"((?:charts|losses|time)/\w+)"', code)
-    names += [f"ratio/{side}_{x}" for side in ("high", "low") for x in ("mean", "std")] + ["ratio/out_of_bounds"]
-    names += [f"theory/{x}" for x in ("guaranteed_gain", "atv_divergence", "improvement_bound")]
-    assert len(names) > 20 and all(f"`{name}`" in page for name in names), [x for x in names if f"`{x}`" not in page]
+    names = ["charts/episodic_return", "charts/episodic_length", *header.split(",")[1:]]
+    assert len(names) > 15 and not [name for name in names if f"`{name}`" not in page]
