@@ -65,16 +65,11 @@ PANELS = {  # the curves that are drawn -> label of the axis; the first that a t
 
 @dataclass
 class Args:
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """folders of runs, folders that hold such, and folders of earlier reports"""
-    output: Path = Path("benchmark/results")
-    """folder for table.md, curves.png, curves.csv, summary.csv and settings.json"""
-    baseline: str | None = None
-    """the group that others are compared with; default: the one named default, else PPO's"""
-    interval: int | None = None
-    """steps between points of a curve; default: an earlier report's, else about a hundredth of the shortest run"""
-    aggregate: bool = False
-    """compare groups over all tasks, too, by scores in units of published ones: aggregate.png"""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # folders of runs, or that hold such, or of earlier reports
+    output: Path = Path("benchmark/results")  # folder for table.md, curves.png, curves.csv, summary.csv, settings.json
+    baseline: str | None = None  # the group that others are compared with; default: the one named default, else PPO's
+    interval: int | None = None  # steps between points of a curve; default: a hundredth of the shortest run
+    aggregate: bool = False  # compare groups over all tasks, too, by scores in units of published ones: aggregate.png
 
 
 def stop(line):
@@ -90,10 +85,6 @@ def find_folders(paths):
     for path in paths:
         below = [] if (path / "args.json").exists() else sorted(x.parent for x in path.glob("**/args.json"))
         yield from below or [path]
-
-
-def read_json(path):
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_run(folder):
@@ -132,7 +123,8 @@ def read_report(folder):
     curves, summary = (pd.read_csv(folder / name) for name in ("curves.csv", "summary.csv"))
     if set(curves[KEYS].itertuples(index=False)) != set(summary[KEYS].itertuples(index=False)):
         raise ValueError("curves.csv and summary.csv hold different runs")
-    return curves, summary, read_json(folder / "settings.json")
+    settings = folder / "settings.json"
+    return curves, summary, json.loads(settings.read_text()) if settings.exists() else {}
 
 
 # --- curves
@@ -323,7 +315,7 @@ def method(group, script):
 
 def figure(runs, name):
     """A column of summary.csv, NaN where it has none."""
-    return runs[name] if name in runs else pd.Series(np.nan, runs.index)
+    return runs.get(name, pd.Series(np.nan, runs.index))
 
 
 def ends_of(table, name):
@@ -436,10 +428,10 @@ def draw_curves(axis, table, name, looks, rng):
         if len(values) > FEW:
             axis.fill_between(steps, *sides, color=style["color"], alpha=0.2, linewidth=0)
         for each in values if len(values) <= FEW else ():
-            axis.plot(
-                steps[np.isfinite(each)], each[np.isfinite(each)], color=style["color"], alpha=0.35, linewidth=0.7
-            )
-        axis.plot(steps[np.isfinite(mean)], mean[np.isfinite(mean)], label=group, **style)
+            known = np.isfinite(each)
+            axis.plot(steps[known], each[known], color=style["color"], alpha=0.35, linewidth=0.7)
+        known = np.isfinite(mean)
+        axis.plot(steps[known], mean[known], label=group, **style)
     axis.set(xlabel="completions" if "pass@1" in table else "environment steps", ylabel=PANELS[name])
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
@@ -556,11 +548,6 @@ def make_report(tasks, summary, baseline, looks):
         tables["pairs"] += seed_rows(ends[task]) if "pass@1" in table else []
         draw_task(axes[: panels[task]], table, runs, looks, rng)
         axes = axes[panels[task] :]
-    scores = over_tasks(ends) if len(ends) > 1 else {}
-    for group in [x for x in scores if x != baseline and baseline in scores]:
-        about = f"all, first {len(scores[group])} and {len(scores[baseline])} runs of each"
-        chance = {f"P(better than {baseline}) (95%)": probability(scores[group], scores[baseline])}
-        tables["against"].append({"task": about, "group": group} | chance)
     return tables, save(picture), ends
 
 

@@ -5,8 +5,7 @@
     python benchmark/speed.py --pair continuous --programs bpo_continuous_action "bpo_continuous_action --no-compile"
     python benchmark/speed.py --pair mjlab --device cuda --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096
 
-All programs of a pair run round by round, pinned to the same cores, so that they share whatever else the machine is
-doing. A figure is steps (llm: completion tokens) per second of wall time after the warm-up: acting, simulation,
+All programs of a pair run round by round, pinned to the same cores. A figure is steps (llm: completion tokens) per second of wall time after the warm-up: acting, simulation,
 learning and logging. A ratio is to the peer in the same round. Imports, compilation and the end are given apart.
 
 pair        peer, with the same task, networks and settings
@@ -103,7 +102,7 @@ def peer_atari(case):
     from stable_baselines3.common.vec_env import VecFrameStack
 
     gym.register_envs(ale_py)
-    envs = VecFrameStack(make_atari_env(f"{case['game']}NoFrameskip-v4", n_envs=8, seed=1), 4)
+    envs = VecFrameStack(make_atari_env(case["env_id"].replace("-v5", "NoFrameskip-v4"), n_envs=8, seed=1), 4)
     settings = dict(n_steps=128, n_epochs=4, batch_size=256, gamma=0.98, learning_rate=2.5e-4, ent_coef=0.01)
     return train_sb3("CnnPolicy", envs, case, **settings)
 
@@ -207,10 +206,8 @@ class Pair:
     folder: str  # in benchmark/results
     columns: tuple[str, ...] = ()  # of speed.json
     needs: tuple[str, ...] = ()  # the peer's modules
-    requirements: str = "benchmark/requirements.txt"
     unit: str = "steps"
     rate: str = "steps_per_second"  # in speed.json
-    peer_first: bool = False
 
 
 SB3 = dict(peer="stable-baselines3", ratio="times SB3")
@@ -238,7 +235,7 @@ PAIRS = {
         defaults=dict(iterations=12, env_id="Breakout-v5"),
         warm_up=2,
         folder="atari_speed",
-        columns=("game", "cores"),
+        columns=("env_id", "cores"),
         needs=("stable_baselines3", "ale_py", "cv2"),
     ),
     "llm": Pair(
@@ -266,7 +263,6 @@ PAIRS = {
         warm_up=5,
         folder="locomotion_speed",
         columns=("env_id", "num_envs", "cores"),
-        peer_first=True,
     ),
     "mjlab": Pair(
         peer="RSL-RL PPO",
@@ -281,8 +277,6 @@ PAIRS = {
         folder="mjlab_speed",
         columns=(*MJLAB, "cores"),
         needs=("rsl_rl", "mjlab"),
-        requirements="requirements-mjlab.txt",
-        peer_first=True,
     ),
 }
 
@@ -379,8 +373,6 @@ def make_cases(args, pair, folder):
     if args.pair == "continuous":
         sizes = itertools.product(case.pop("hidden_sizes"), case.pop("minibatch_sizes"))
         return [case | dict(hidden_size=width, minibatch_size=size) for width, size in sizes]
-    if args.pair == "atari":
-        case["game"] = case["env_id"].removesuffix("-v5")
     if args.pair == "llm":  # one model for all
         script = str(ROOT / "gbpo_llm.py")
         run_pinned([script, f"--output-dir={folder}", "--total-timesteps=0", "--device=cpu"], args.cores)
@@ -402,7 +394,7 @@ def check(args, pair, programs):
         if getattr(args, name) is not None and name not in pair.defaults:
             bad_input(f"--{name.replace('_', '-')} does not belong to --pair {args.pair}")
     if not all(map(importlib.util.find_spec, pair.needs)):
-        bad_input(f"{' or '.join(pair.needs)} is not installed: pip install -r {pair.requirements}")
+        bad_input(f"{' or '.join(pair.needs)} is not installed: see the top of {__file__}")
     least = pair.warm_up + 2
     if args.rounds < 1 or (args.iterations is not None and args.iterations < least):
         bad_input(f"--iterations must be at least {least}, --rounds at least 1")
@@ -418,7 +410,6 @@ def main(args):
     pair = PAIRS[args.pair]
     programs = args.programs or pair.programs
     check(args, pair, programs)
-    order = [pair.peer, *programs] if pair.peer_first else [*programs, pair.peer]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for case in make_cases(args, pair, folder):
@@ -428,7 +419,7 @@ def main(args):
             def run(program, case=case):
                 return measure(program, pair, case, args.cores)
 
-            for program, found in take_turns(order, pair.peer, args.rounds, run).items():
+            for program, found in take_turns([*programs, pair.peer], pair.peer, args.rounds, run).items():
                 rows.append(columns | dict(program=program) | summarise(found, pair.rate))
     output = Path(args.output or ROOT / "benchmark" / "results" / pair.folder)
     output.mkdir(parents=True, exist_ok=True)

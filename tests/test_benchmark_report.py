@@ -172,7 +172,6 @@ def test_report_of_a_suite_compares_its_variants(tmp_path):
     )
     assert "| Hopper-v4 | mine | 20.0 (" in table and "| 0.83 (" in table  # better in 5 of 6 pairs
     assert "| B/c-v0 | mine | 10 (" in table and "| 0.50 (" in table
-    assert "| all, first 2 and 2 runs of each | mine | - | 0.62 (" in table  # (3 of 4 pairs + half of 4) / 2
     assert "| Hopper-v4 | mine | 1000000 | 50.0 | 2726 | 3505.1 |" in table
     assert "| Hopper-v4 | base | 1000000 | 30.0 | 853 | 2497.7 |" in table
     assert table.endswith("Commits: abc (11 runs).\n")
