@@ -59,7 +59,7 @@ NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 class Args:
     env_id: str = "Breakout-v5"  # an EnvPool game; PongNoFrameskip-v4 is Pong-v5, too
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of simulators, initial weights, actions and minibatches
-    total_timesteps: PositiveInt = 10_000_000  # environment steps, all environments together; a step is four frames
+    total_timesteps: PositiveInt = 10_000_000  # steps of all environments together; a step is four frames
     num_envs: Size = 8  # environments in parallel, N, all processes together
     num_steps: Annotated[int, Field(ge=2, le=10**6)] = 128  # steps per environment and iteration, T
     minibatch_size: Size = 256  # samples per gradient step, all processes together
@@ -77,9 +77,9 @@ class Args:
     max_grad_norm: Positive = 0.5  # largest norm of the gradient over all networks
     heads: Literal["linear", "mlp"] = "linear"  # of policy and value; mlp: with a hidden layer (authors' code)
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # of network and frames
-    bf16: bool = False  # compute the trunk in bfloat16: for GPUs and for processors with avx512_bf16 or AMX
+    bf16: bool = False  # compute the trunk in bfloat16: for GPUs, avx512_bf16 and AMX
     compile: bool = False  # torch.compile the loss: does not pay on a CPU
-    cuda_graphs: bool = False  # replay the compiled loss and its gradient as CUDA graphs
+    cuda_graphs: bool = False  # replay the compiled loss as CUDA graphs
     exp_name: str = SCRIPT  # a part of the run's name
     output_dir: str = "runs"  # parent of the run's folder
     checkpoint_seconds: NonNegative = 30  # between checkpoints; 0: one after every iteration
