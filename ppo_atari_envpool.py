@@ -57,9 +57,9 @@ NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 
 @dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
 class Args:
-    env_id: str = "Breakout-v5"  # an EnvPool game; PongNoFrameskip-v4 is Pong-v5, too
+    env_id: str = "Breakout-v5"  # a game; PongNoFrameskip-v4 is Pong-v5, too
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of simulators, initial weights, actions and minibatches
-    total_timesteps: PositiveInt = 10_000_000  # steps of all environments together; a step is four frames
+    total_timesteps: PositiveInt = 10_000_000  # steps, all environments together, of four frames
     num_envs: Size = 8  # environments in parallel, N, all processes together
     num_steps: Annotated[int, Field(ge=2, le=10**6)] = 128  # steps per environment and iteration, T
     minibatch_size: Size = 256  # samples per gradient step, all processes together
