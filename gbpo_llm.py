@@ -22,9 +22,10 @@ import argparse
 import copy
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -69,15 +70,18 @@ LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK") or 0), int(os.en
 Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e38)]
+Name = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 
 
 @dataclass(config=dict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True))
 class Args:
     env_id: str = "addition"  # the task's name: sums are built in
-    dataset: str | None = None  # .json, .jsonl or .parquet file, or ID, ID:SPLIT or ID:CONFIG:SPLIT on the Hub
-    eval_dataset: str | None = None  # held-out problems, in the same forms; default: those of --dataset
-    model: str | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
+    dataset: Name | None = None  # .json, .jsonl or .parquet file, or ID, ID:SPLIT or ID:CONFIG:SPLIT on the Hub
+    eval_dataset: Name | None = None  # held-out problems, in the same forms; default: those of --dataset
+    prompt_column: Name | None = None  # a.b: b of column a; default: prompt, problem or question
+    answer_column: Name | None = None  # default: answer, reward_model.ground_truth, ground_truth or solution
+    model: Name | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
     chat_template: bool = False  # wrap prompts in the tokenizer's chat template
     system_prompt: str | None = None  # system message of the chat template
     # 1 for the right number: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
@@ -218,8 +222,8 @@ def minibatch_loss(model, batch, args):
         "entropy": (mean * entropy).sum(),
     }
     if args.kl_coef:
-        difference = batch["ref_log_probs"] - log_probs
-        kl = difference.exp() - difference - 1  # k3
+        difference = (batch["ref_log_probs"] - log_probs).clamp(-20, 20)
+        kl = (difference.exp() - difference - 1).clamp(max=10)  # k3, clamped as in verl
         loss, stats["kl"] = loss + args.kl_coef * kl, (mean * kl).sum()
     loss = (batch["weights"] * (loss - args.ent_coef * entropy)).sum()
     return loss, {"loss": loss} | stats, ratio
@@ -229,7 +233,7 @@ def minibatch_loss(model, batch, args):
 
 
 def token_log_probs(model, batch, temperature, entropy=True, entropy_gradient=False):
-    """Log-probability and entropy of each completion token, in float32 and nats: [B, T] each.
+    """Log-probability (of padding: 0) and entropy of each completion token, in float32 and nats: [B, T] each.
 
     entropy=False saves memory of the size of all logits.
     """
@@ -240,10 +244,11 @@ def token_log_probs(model, batch, temperature, entropy=True, entropy_gradient=Fa
         inputs |= dict(attention_mask=mask, position_ids=positions(mask))
     log_probs = (model(ids, **inputs).logits.float() / temperature).log_softmax(-1)
     chosen = log_probs.gather(-1, batch["ids"][:, -length:, None]).squeeze(-1)
+    chosen = chosen.where(batch["mask"] > 0, 0.0)  # of padding it may be -inf
     if not entropy:
         return chosen, None
     log_probs = log_probs if entropy_gradient else log_probs.detach()
-    return chosen, -(log_probs.exp() * log_probs).sum(-1)
+    return chosen, -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)  # else 0 times -inf
 
 
 def positions(attention_mask):
@@ -322,7 +327,6 @@ def warm_up(model, tokenizer, problems, args):
         rows = torch.randint(len(problems), (128,), generator=generator).tolist()
         batch = collate([problems[i]["ids"] for i in rows], [answers[i] for i in rows], model.device)
         log_probs, _ = token_log_probs(model, batch, 1.0, entropy=False)
-        log_probs = log_probs * batch["mask"]
         accuracy = 0.9 * accuracy + 0.1 * log_probs.detach().sum(1).exp().mean().item()  # chance of a right sample
         (-log_probs.sum() / batch["mask"].sum()).backward()
         optimizer.step()
@@ -444,8 +448,10 @@ def read_rows(source):
     path = Path(source)
     try:
         if path.suffix in (".json", ".jsonl"):
-            text = path.read_text()
-            return json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x]
+            text = path.read_text(encoding="utf-8-sig")
+            if text.lstrip().startswith("["):
+                return json.loads(text)
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         import datasets
 
         datasets.disable_progress_bars()
@@ -457,6 +463,24 @@ def read_rows(source):
         raise BadInput(f"cannot read {source}: {one_line(error)[:200]}") from None
 
 
+def column(row, named, usual):
+    """The entry of a row in the named column, or in the first of the usual ones that it has; None if there is none."""
+    for name in [named] if named else usual:
+        value = row
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return value[0] if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], dict) else value
+    return None
+
+
+def true_answer(value, reward):
+    """The key of an answer that a dataset gives: after ####, in its last box, or all of it. None if it has none."""
+    text = str("" if value is None else value)
+    text = text.rpartition("####")[2] if "####" in text else last_box(text) or text
+    return parse_number(text) if reward == "exact" else answer_key(text)
+
+
 def usable_problems(rows, source, args, tokenizer, answers=True):
     """Problems (dicts) of the rows that are good; others are named and counted. BadInput if there are none.
 
@@ -465,29 +489,47 @@ def usable_problems(rows, source, args, tokenizer, answers=True):
     problems, bad = [], []
     for i, row in enumerate(rows if isinstance(rows, list) else []):
         row = row if isinstance(row, dict) else {}
-        prompt, number = row.get("prompt"), parse_number(str(row.get("answer")))
-        if not isinstance(prompt, str) or not prompt or re.search("[\ud800-\udfff]", prompt):  # half a character
-            bad.append(f"row {i} has no prompt")
-        elif number is None and answers and not args.reward_fn:
-            bad.append(f"row {i} has no number as its answer")
-        elif len(ids := encode(prompt, args, tokenizer)) > args.max_prompt_length:
-            bad.append(f"row {i} has a prompt of {len(ids)} tokens")
-        else:
-            problems.append({"row": row, "prompt": prompt, "ids": ids, "number": number})
+        prompt = column(row, args.prompt_column, ("prompt", "problem", "question"))
+        usual = ("answer", "reward_model.ground_truth", "ground_truth", "solution")
+        answer = true_answer(column(row, args.answer_column, usual), args.reward)
+        try:
+            ids = encode(prompt, args, tokenizer)
+            if not 0 < len(ids) <= args.max_prompt_length:
+                raise ValueError(f"a prompt of {len(ids)} tokens")
+            if answer is None and answers and not args.reward_fn:
+                raise ValueError(f"no {'number as its ' * (args.reward == 'exact')}answer")
+            problems.append({"row": row, "prompt": prompt, "ids": ids, "answer": answer})
+        except ValueError as error:
+            bad.append(f"row {i} has {error}")
+            columns = f"; its columns: {', '.join(map(str, row)) or 'none'}"
     if not problems:
-        raise BadInput(f"{source} has no usable row: {'; '.join(bad[:3]) or 'it must be a list of rows'}")
+        raise BadInput(f"{source} has no usable row: {'; '.join(bad[:3]) + columns if bad else 'it must be a list'}")
     if bad:
         say(f"{source}: {len(bad)} of {len(rows)} rows left out ({'; '.join(bad[:5])}{'; ...' * (len(bad) > 5)})")
     return problems
 
 
 def encode(prompt, args, tokenizer):
-    """Tokens of a prompt, in the chat template if asked for."""
+    """Tokens of a prompt, a text or a list of chat messages. ValueError if it is neither or its template refuses it."""
+    messages = isinstance(prompt, list) and all(isinstance(x, dict) and type(x.get("content")) is str for x in prompt)
+    if not prompt or not (messages or isinstance(prompt, str)):
+        raise ValueError("no prompt")
+    if re.search("[\ud800-\udfff]", json.dumps(prompt, ensure_ascii=False)):
+        raise ValueError("half a character in its prompt")
+    if messages and not args.chat_template:
+        raise ValueError("chat messages as its prompt: add --chat-template")
     if not args.chat_template:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "system", "content": args.system_prompt}] * bool(args.system_prompt)
-    messages += [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
+        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids  # the text had one, too
+    prompt = prompt if messages else [{"role": "user", "content": prompt}]
+    if args.system_prompt:
+        if prompt[0].get("role") == "system":
+            raise ValueError("a system message of its own: leave out --system-prompt")
+        prompt = [{"role": "system", "content": args.system_prompt}, *prompt]
+    try:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except Exception as error:  # of the template's language
+        raise ValueError(f"a prompt that the chat template refuses: {one_line(error)}") from None
 
 
 def addition_rows():
@@ -499,10 +541,12 @@ def addition_rows():
 
 def make_problems(args, tokenizer):
     """Problems to train on and held-out ones: two lists."""
+    if args.reward != "exact" and not importlib.util.find_spec("math_verify"):
+        raise BadInput(f"--reward {args.reward} needs math-verify: pip install -r requirements-llm.txt")
     if args.dataset:
         labelled = args.reward != "majority"  # whose votes need no answers
         problems = usable_problems(read_rows(args.dataset), args.dataset, args, tokenizer, answers=labelled)
-        held_out = [x for x in problems if x["number"] is not None or args.reward_fn]
+        held_out = [x for x in problems if x["answer"] is not None or args.reward_fn]
     else:
         rows, source = addition_rows(), "the built-in task"
         problems, held_out = (usable_problems(x, source, args, tokenizer) for x in (rows[500:], rows[:500]))
@@ -515,36 +559,114 @@ def make_problems(args, tokenizer):
     return problems, held_out
 
 
-# A completion is untrusted text: it is matched by bounded expressions, never evaluated.
-WHOLE = r"[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12}|(?=\.[0-9])"  # the last: nothing, as in .5
-NUMBER = re.compile(rf"([+-]?)({WHOLE})(?:\.([0-9]{{0,40}}))?(?:/([0-9]{{1,40}}))?")
-FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([0-9]{1,40})()\}\{([0-9]{1,40})\}")
+# A completion is untrusted text: it is matched by bounded expressions, or given a second of math-verify; never run.
+WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {0x2212: "-", 0xA0: " ", 0x2009: " ", 0x202F: " ", 0x3000: " "}
+PLAIN = [
+    (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~", " "),
+    (r"\{,\}", ","),
+    (r"\\?[$€£¥]|\\[()\[\]]", " "),
+    (r"\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", r" \1\2/\3\4 "),
+    (r"\s+", " "),
+]
+VARIABLE = re.compile(r"^\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?")
+NO_UNIT = "hundred|thousand|[mb]illion|trillion|dozen|hal[fv]|third|quarter|fourth|fifth|tenth|pi|or|and|not|mod|base"
+WORDS = rf" ?(?:[mgshlLCFKVWJN](?:/[a-z]{{1,4}})?|(?!(?:.*\W)?(?:{NO_UNIT}))[a-zA-Z]{{2}}[a-zA-Z ./]*) ?"
+BARE = "[mck]?m|[mk]?g|m?s|m?L|%|degrees?|dollars?|cents?|units?|inches|f(?:ee)?t|miles?|hours?|minutes?|days?|years?"
+UNIT = rf"\\(?:text(?:rm)?|mathrm|mbox) ?\{{{WORDS}\}}|(?<=[0-9] )(?:{BARE})|\\?%|°|\^ ?\{{? ?\\circ ?\}}?"
+UNITS = re.compile(rf"(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$")
+WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox) ?\{([^{}]*)\}")
+WHOLE = r"[0-9]{1,40}|[0-9]{1,3}(?P<comma>[, ])[0-9]{3}(?:(?P=comma)[0-9]{3}){0,11}|(?=\.[0-9])"
+NUMBER = re.compile(
+    rf"([+-]?) ?(?:([0-9]{{1,40}}) (?=[0-9]+/))?({WHOLE})(?:\.([0-9]{{0,40}}))?(?: ?/ ?([0-9]{{1,40}}))?"
+)
+
+
+def plain(text):
+    """An answer without its typography, its unit and the variable that it is the value of."""
+    text = text.translate(WIDE)
+    for pattern, new in PLAIN:
+        text = re.sub(pattern, new, text)
+    text = text.strip(" *")
+    return WRAPPER.sub(r" \1 ", UNITS.sub("", VARIABLE.sub("", text)) or text).strip()
 
 
 def parse_number(text):
-    """The number that the text is, or None: 142, -1,000, 0.5, 3/4, \\frac{3}{4}, each also within $."""
+    """The number that the text is, or None: -1,000, 0.5, 3/4, \\frac34, 1\\,000, x=5, 5\\text{ cm}, 50\\%, \\$5."""
     if len(text) > 200:
         return None
-    text = text.strip().strip("$").strip()
-    match = FRACTION.fullmatch(text) or NUMBER.fullmatch(text)
+    match = NUMBER.fullmatch(plain(text))
     if not match:
         return None
-    sign, top, decimals, bottom = (part or "" for part in match.groups())
-    top, bottom = int(sign + top.replace(",", "") + decimals), int(bottom or 1) * 10 ** len(decimals)
-    return Fraction(top, bottom) if bottom else None
+    sign, mixed, top, _, decimals, bottom = (part or "" for part in match.groups())
+    bottom = int(bottom or 1) * 10 ** len(decimals)
+    if not bottom:
+        return None
+    number = int(mixed or 0) + Fraction(int(re.sub("[, ]", "", top) + decimals), bottom)
+    return -number if sign == "-" else number
+
+
+def answer_key(text):
+    """By which answers are compared: a number, else plain text; None if it is empty, too long or breaks off."""
+    number = parse_number(text)
+    if number is not None or len(text) > 200:
+        return number
+    text = re.sub(r" *([^\w ]) *", r"\1", plain(text).rstrip("."))
+    return None if re.search(r"[-+*/^_=<>\\]$", text) else text or None
+
+
+def last_box(text):
+    """What the last \\boxed or \\fbox with an end and a content holds (200 characters at most), or None.
+
+    A minus directly before the box belongs to the answer.
+    """
+    start = len(text)
+    for _ in range(8):
+        start = max(text.rfind("\\boxed", 0, start), text.rfind("\\fbox", 0, start))
+        if start < 0:
+            return None
+        match = re.match(r"\\(?:boxed|fbox)\s{0,3}(?:\{|([0-9.,/+-]{0,40}[0-9]))", text[start : start + 60])
+        if not match:
+            continue
+        sign = "-" if re.search(r"(?:^|[^\w)}\]-])[-−]\Z", text[max(0, start - 2) : start]) else ""
+        if match[1]:  # \boxed 5
+            return sign + match[1]
+        depth, inside = 1, text[start + match.end() :][:201]
+        for i, character in enumerate(inside):
+            depth += (character == "{") - (character == "}")
+            if depth == 0 and inside[:i].strip():
+                return sign + inside[:i]
+            if depth == 0:
+                break
+    return None
 
 
 def extract_answer(text, reward):
-    """The number that a completion gives, or None: in the last \\boxed{} (of at most 200 characters) or as a whole."""
-    start = text.rfind("\\boxed{")
-    if reward == "exact" or (reward == "majority" and start < 0):
+    """The key of a completion's answer, or None: that of the last box, or the number that it is as a whole."""
+    box = None if reward == "exact" else last_box(text)
+    if reward == "exact" or (reward == "majority" and box is None):
         return parse_number(text)
-    depth, inside = 1, text[start + 7 : start + 207] if start >= 0 else ""
-    for i, character in enumerate(inside):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return parse_number(inside[:i])
-    return None
+    return box and answer_key(box)
+
+
+@functools.lru_cache(100_000)
+def same_answer(answer, truth):
+    """Whether two keys are the same answer: two numbers exactly; else math-verify has a second for each step."""
+    numbers = isinstance(answer, Fraction) + isinstance(truth, Fraction)
+    if answer is None or truth is None or answer == truth or numbers == 2:
+        return answer is not None and answer == truth
+    other = answer if isinstance(answer, str) else truth
+    if numbers and (re.search("[a-zA-Z_=]", re.sub(r"\\[a-zA-Z]+", "", other)) or not re.search(r"[\\^(*+]", other)):
+        return False  # a variable, or what parse_number would have read
+    import math_verify
+    from math_verify.errors import TimeoutException
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    try:
+        parsed = [math_verify.parse(f"${x}$", parsing_timeout=1) for x in (truth, answer)]
+        return bool(math_verify.verify(*parsed, timeout_seconds=1))
+    except (Exception, TimeoutException):  # what it cannot read is not the answer
+        return False
 
 
 def load_function(name):
@@ -562,7 +684,10 @@ def true_rewards(groups, args):
     """Rewards [P, G] of P groups of G texts, by --reward-fn or the true answers."""
     if args.reward_fn:
         return function_rewards(groups, args)
-    right = [[extract_answer(x, args.reward) == group["problem"]["number"] for x in group["texts"]] for group in groups]
+    right = [
+        [same_answer(extract_answer(x, args.reward), group["problem"]["answer"]) for x in group["texts"]]
+        for group in groups
+    ]
     return torch.tensor(right, dtype=torch.float64)
 
 
@@ -590,11 +715,11 @@ def majority_vote(keys):
 def majority_rewards(groups, args):
     """TTRL: rewards [P, V], 1 for the label that most of a group gave; statistics [P], NaN where no truth is known."""
     keys = [[extract_answer(text, args.reward) for text in group["texts"]] for group in groups]
-    labels, truths = [majority_vote(group) for group in keys], [group["problem"]["number"] for group in groups]
+    labels, truths = [majority_vote(group) for group in keys], [group["problem"]["answer"] for group in groups]
     rewards = torch.tensor([[k is not None and k == label for k in x] for x, label in zip(keys, labels)]).double()
     known = torch.tensor([math.nan if truth is None else 1.0 for truth in truths]).double()
     stats = {
-        "ttrl/label_accuracy": known * torch.tensor([label == truth for label, truth in zip(labels, truths)]),
+        "ttrl/label_accuracy": known * torch.tensor(list(map(same_answer, labels, truths))),
         "ttrl/majority_ratio": rewards.mean(1),
         "ttrl/ground_truth_ratio": known * true_rewards(groups, args).mean(1),
     }

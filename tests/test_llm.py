@@ -541,7 +541,8 @@ def test_shares_of_the_processes_make_the_whole(monkeypatch):
     + [("007", 7), ("5.", 5), (".5", Fraction(1, 2)), ("-.25", Fraction(-1, 4))]
     + [(x, None) for x in (".", "-.", "..5", "1,.5", "./2")]
     + [(x, None) for x in ("", "x", "1e9", "1_000", "12,34", "--1", "1/0", "\\frac{1}{0}", "0x10", "nan", "inf", "1 2")]
-    + [(x, None) for x in ("٣", "１２", "²", "1/2/3", "1.2.3", "__import__('os')", "9**9**9", "\\frac{1}{2", "½")],
+    + [("１２", 12)]
+    + [(x, None) for x in ("٣", "²", "1/2/3", "1.2.3", "__import__('os')", "9**9**9", "\\frac{1}{2", "½")],
 )
 def test_parse_number(text, number):
     assert gbpo.parse_number(text) == number
@@ -569,7 +570,7 @@ def test_any_text_is_a_number_or_none(text):
 @pytest.mark.parametrize(
     "text, answer",
     [("so \\boxed{42}.", 42), ("\\boxed{1} then \\boxed{2}", 2), ("\\boxed{\\frac{1}{2}}", Fraction(1, 2))]
-    + [("42", None), ("\\boxed{42", None), ("\\boxed{}", None), ("\\boxed{x=4}", None), ("\\boxed{{{4}}", None)],
+    + [("42", None), ("\\boxed{42", None), ("\\boxed{}", None), ("\\boxed{x=4}", 4), ("\\boxed{{{4}}", None)],
 )
 def test_the_last_box_is_the_answer(text, answer):
     assert gbpo.extract_answer(text, "boxed") == answer
@@ -584,7 +585,7 @@ def test_absurd_completions_cost_milliseconds_and_earn_nothing():
     for reward in ("exact", "boxed", "majority"):
         for text in ABSURD:
             start = time.perf_counter()
-            group = {"problem": {"number": Fraction(3)}, "texts": [text]}
+            group = {"problem": {"answer": Fraction(3)}, "texts": [text]}
             rewards = gbpo.true_rewards([group], gbpo.Args(reward=reward))
             assert rewards.item() == 0 and time.perf_counter() - start < 0.05, text[:20]
 
@@ -597,7 +598,7 @@ def test_majority_vote():
 def test_majority_rewards_and_their_accuracy():
     truths = [Fraction(5), Fraction(7), Fraction(1), None]
     texts = [["5", "\\boxed{5}", "4", "x"], ["8", "8", "7", "8"], ["?", "", "1/0", "\\boxed{}"], ["3", "?", "3", "3"]]
-    groups = [{"problem": {"number": truth}, "texts": group} for truth, group in zip(truths, texts)]
+    groups = [{"problem": {"answer": truth}, "texts": group} for truth, group in zip(truths, texts)]
     rewards, stats = gbpo.majority_rewards(groups, gbpo.Args(reward="majority"))
     assert rewards.tolist() == [[1, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]]
     assert stats["ttrl/label_accuracy"].tolist() == pytest.approx([1, 0, 0, math.nan], nan_ok=True)
@@ -653,7 +654,7 @@ def write_rows(path, rows):
 def test_problems_are_read_from_every_kind_of_file(tiny, tmp_path, suffix):
     rows = gbpo.read_rows(write_rows(tmp_path / f"x{suffix}", ROWS))
     problems = gbpo.usable_problems(rows, "x", gbpo.Args(), tiny[1])
-    assert [x["number"] for x in problems] == [2, 4] and problems[0]["ids"] == [3, 12, 3, 13]
+    assert [x["answer"] for x in problems] == [2, 4] and problems[0]["ids"] == [3, 12, 3, 13]
 
 
 def test_bad_rows_are_named_counted_and_left_out(tiny, tmp_path, capsys):
@@ -689,7 +690,7 @@ def test_addition_holds_problems_out(tiny):
     assert not {x["prompt"] for x in train} & {x["prompt"] for x in held_out}
     for problem in train[:50]:
         a, b = problem["prompt"].rstrip("=").split("+")
-        assert problem["number"] == int(a) + int(b) and tiny[1].decode(problem["ids"]) == problem["prompt"]
+        assert problem["answer"] == int(a) + int(b) and tiny[1].decode(problem["ids"]) == problem["prompt"]
 
 
 @SCRIPTS
