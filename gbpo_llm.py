@@ -976,7 +976,7 @@ def train(args):
         for whole in filter(None, (model, reference) if args.fsdp else ()):
             shard(whole, device)
         learner = Learner(model, args)
-        run.begin(learner)  # restores it, or makes the folder: all is known to fit by now
+        run.begin(learner, problems + held_out)  # restores it, or makes the folder: all is known to fit by now
         sampler = functools.partial(sample, model, engine, tokenizer, args)
         if not run.saved:
             run.log_evaluation(evaluate(sampler, held_out, args))
@@ -1135,15 +1135,17 @@ class Run(ExitStack):
             saved = (self.dir / "checkpoint.pt").exists()
             raise SystemExit(f"error: out of memory; {self.command(less) if saved else 'start with ' + less}") from None
 
-    def begin(self, learner):
-        """Restores the learner, or makes the folder; opens the logs."""
-        self.learner, args = learner, self.args
+    def begin(self, learner, problems):
+        """Restores the learner, or makes the folder; opens the logs. The problems must be those that the run had."""
+        self.learner, args, data = learner, self.args, 0
+        for problem in problems:
+            data = zlib.crc32(repr(problem["row"]).encode(errors="surrogatepass"), data)
         if args.track and RANK == 0:
             import wandb
 
             if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
                 raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
-        about = self.restore() if self.saved else self.make_dir()
+        about = self.restore(data) if self.saved else self.make_dir() | {"data": data}
         if RANK == 0:
             about["args"] = dataclasses.asdict(args) | {"resume": None}
             write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
@@ -1179,8 +1181,11 @@ class Run(ExitStack):
         about = {"format": FORMAT, "script": SCRIPT, "commit": commit, "python": sys.version.split()[0]}
         return about | {"versions": {name: version(name) for name in sorted(modules)}}
 
-    def restore(self):
+    def restore(self, data):
         """Reads all, then changes: the learner, the logs as they were. Returns args.json."""
+        about = json.loads((self.dir / "args.json").read_bytes())
+        if about["data"] != data:
+            raise BadInput(f"the problems have changed since {self.dir} began: --dataset or --eval-dataset")
         try:
             self.learner.load_state_dict(self.saved["learner"])
         except (RuntimeError, ValueError, KeyError):
@@ -1188,7 +1193,6 @@ class Run(ExitStack):
         sizes = {self.dir / name: size for name, size in self.saved["log_sizes"].items()}
         if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
             raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
-        about = json.loads((self.dir / "args.json").read_bytes())
         if RANK == 0:
             for path, size in sizes.items():
                 os.truncate(path, size)  # drops rows written after the checkpoint

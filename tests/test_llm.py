@@ -186,9 +186,13 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
         low, high = script.ratio_bounds(args)
         ratio = (log_probs - batch["old_log_probs"]).exp()[batch["mask"] > 0]
         assert torch.equal(ratios[batch["mask"] > 0], ratio)
-        outside = ((ratio < low) | (ratio > high)).sum().item()
-        assert 0 < outside or high > 3
-        assert stats["clip_ratio/region_mean"].item() == pytest.approx(outside / batch["tokens"])
+        if objective == "gspo":  # of the 9 responses, each of which has one ratio
+            means = [x[m > 0].mean().exp() for x, m in zip(log_probs - batch["old_log_probs"], batch["mask"])]
+            outside, of = sum(not low <= x <= high for x in means), 9
+        else:
+            outside, of = ((ratio < low) | (ratio > high)).sum().item(), batch["tokens"]
+        assert 0 < outside or high > 3 or objective == "gspo"
+        assert stats["clip_ratio/region_mean"].item() == pytest.approx(outside / of)
         kl = (ratio - 1 - ratio.log()).sum().item() / batch["tokens"]
         assert stats["losses/approx_kl"].item() == pytest.approx(kl)
 
@@ -202,6 +206,35 @@ def test_a_token_that_the_old_policy_all_but_excluded_leaves_the_loss_finite(scr
     loss, stats, ratios = script.minibatch_loss(None, batch, script.Args(max_completion_length=7))
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert all(x.isfinite().all() for x in (loss, gradient, ratios, *stats.values()))
+
+
+@SCRIPTS
+def test_the_kl_estimate_is_clamped_as_in_verl(script, monkeypatch):
+    """Log-ratios to +-20, the estimate to 10: a peaked model's exp(90) would be the only thing learned."""
+    log_probs = torch.tensor([[-95.0, -1.0, -0.5]], requires_grad=True)
+    batch = {"mask": torch.ones(1, 3), "weights": torch.ones(1, 3) / 3, "tokens": 3.0}
+    batch |= {"old_log_probs": log_probs.detach(), "ref_log_probs": torch.tensor([[-0.1, -0.5, -95.0]])}
+    batch |= {"advantages": torch.zeros(1), "median_advantages": torch.zeros(1)}
+    monkeypatch.setattr(script, "token_log_probs", lambda *_, **__: (log_probs, torch.zeros(1, 3)))
+    loss, stats, _ = script.minibatch_loss(None, batch, script.Args(kl_coef=1.0))
+    expected = (10 + (math.exp(0.5) - 0.5 - 1) + 10) / 3  # the last: exp(-20) + 20 - 1, clamped
+    assert stats["kl"].item() == pytest.approx(expected) and loss.item() == pytest.approx(expected)
+    assert torch.autograd.grad(loss, log_probs)[0].isfinite().all()
+
+
+@SCRIPTS
+@pytest.mark.parametrize("ent_coef", [0.0, 0.01])
+def test_tokens_that_a_model_excludes_leave_loss_and_gradient_finite(script, ent_coef):
+    """A logit of -inf, here of the token that pads: 0 times infinity is NaN."""
+    args = script.Args(num_prompts=2, minibatch_prompts=2, group_size=3, kl_coef=0.1, ent_coef=ent_coef)
+    model, _ = script.make_model(args, torch.device("cpu"))
+    model.lm_head.register_forward_hook(lambda _, __, x: x.index_fill(-1, torch.tensor([0]), -math.inf))
+    ((batch,),) = script.make_minibatches(model, model, new_groups(script, args), args)
+    assert (batch["mask"] == 0).any()
+    loss, stats, ratios = script.minibatch_loss(model, batch, args)
+    loss.backward()
+    assert all(x.isfinite().all() for x in (loss, ratios, *stats.values())) and stats["entropy"] > 0
+    assert all(x.grad.isfinite().all() for x in model.parameters())
 
 
 def test_sapo_gate_is_sech_squared():
@@ -684,6 +717,76 @@ def test_a_file_without_a_usable_row_is_bad_input(tiny, tmp_path, text, suffix):
     assert "\n" not in str(error.value)
 
 
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not system %}{{ raise_exception('no system') }}{% endif %}"
+)
+TEMPLATE += "{{ m.content }}={% endfor %}{% if add_generation_prompt %}+{% endif %}"
+CHAT = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}, {"role": "user", "content": "2+2"}]
+
+
+@pytest.fixture
+def chat():
+    """A tokenizer with a chat template that knows no system message."""
+    _, tokenizer = gbpo.make_model(gbpo.Args(), torch.device("cpu"))
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "row, own",
+    [({"problem": "2+2", "answer": "4"}, {}), ({"question": "2+2", "answer": "He has 2 + 2.\n#### 4"}, {})]
+    + [({"prompt": "2+2", "reward_model": {"ground_truth": "4", "style": "rule"}}, {})]
+    + [({"problem": "2+2", "solution": "so \\boxed{4}, and not \\boxed{}"}, {})]
+    + [({"prompt": "x", "q": {"text": "2+2"}, "a": ["4"]}, dict(prompt_column="q.text", answer_column="a"))],
+)
+def test_columns_are_found_under_their_usual_names_or_as_told(tiny, row, own):
+    (problem,) = gbpo.usable_problems([row], "x", gbpo.Args(**own), tiny[1])
+    assert problem["prompt"] == "2+2" and problem["ids"] == [4, 12, 4] and problem["answer"] == 4
+
+
+def test_a_refusal_names_the_columns_that_it_saw(tiny):
+    with pytest.raises(gbpo.BadInput, match="row 0 has no prompt; its columns: text, label$"):
+        gbpo.usable_problems([{"text": "1+1", "label": 2}], "x", gbpo.Args(), tiny[1])
+
+
+def test_files_may_have_a_byte_order_mark_and_lines_under_any_name(tmp_path):
+    for name in ("a.json", "b.jsonl"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, ROWS)).encode() + b"\r\n")
+        assert gbpo.read_rows(str(tmp_path / name)) == ROWS
+        (tmp_path / name).write_text(json.dumps(ROWS, indent=1))
+        assert gbpo.read_rows(str(tmp_path / name)) == ROWS
+
+
+def test_prompts_may_be_chat_messages(chat):
+    args = gbpo.Args(chat_template=True)
+    assert chat.decode(gbpo.encode(CHAT, args, chat)) == "1+2=3=2+2=+" and gbpo.encode("2+2", args, chat)
+    for prompt, own, words in (
+        (CHAT, {}, "chat messages as its prompt: add --chat-template"),
+        (CHAT, dict(chat_template=True, system_prompt="1"), "a prompt that the chat template refuses: .*no system"),
+        (
+            [{"role": "system", "content": "1"}, *CHAT],
+            dict(chat_template=True, system_prompt="1"),
+            "leave out --system",
+        ),
+        ([{"role": "user", "content": None}], dict(chat_template=True), "no prompt"),
+        (["1+1", "2+2"], {}, "no prompt"),
+        ([{"role": "user", "content": "\ud800"}], dict(chat_template=True), "half a character"),
+    ):
+        with pytest.raises(gbpo.BadInput, match=words):
+            gbpo.usable_problems([{"prompt": prompt, "answer": "4"}], "x", gbpo.Args(**own), chat)
+
+
+def test_a_prompt_has_one_bos_and_at_least_one_token(chat):
+    """Texts that went through a template before begin with BOS, and the tokenizer adds another."""
+    chat.bos_token = "="
+    chat._tokenizer.post_processor = gbpo.tokenizers.processors.TemplateProcessing("= $A", None, [("=", 13)])
+    assert gbpo.encode("1+1", gbpo.Args(), chat) == gbpo.encode("=1+1", gbpo.Args(), chat) == [13, 3, 12, 3]
+    chat._tokenizer.post_processor = gbpo.tokenizers.processors.TemplateProcessing("$A", None, [])
+    chat._tokenizer.normalizer = gbpo.tokenizers.normalizers.Strip()
+    with pytest.raises(gbpo.BadInput, match="row 0 has a prompt of 0 tokens"):
+        gbpo.usable_problems([{"prompt": "  ", "answer": "4"}], "x", gbpo.Args(), chat)
+
+
 def test_addition_holds_problems_out(tiny):
     train, held_out = gbpo.make_problems(gbpo.Args(), tiny[1])
     assert (len(train), len(held_out)) == (7600, 500)
@@ -753,7 +856,7 @@ DIFFERENT = {
 def test_what_the_siblings_share_is_the_same_text():
     ours, theirs = definitions(gbpo), definitions(grpo)
     assert set(ours) - set(theirs) == {"target_ratio", "policy_loss"}
-    assert set(theirs) - set(ours) == {f"{name}_loss" for name in OBJECTIVES}
+    assert set(theirs) - set(ours) == {f"{name}_loss" for name in OBJECTIVES} | {"mean_log_ratio"}
     assert {name for name in ours if name in theirs and ours[name] != theirs[name]} == set(DIFFERENT)
 
 

@@ -371,6 +371,20 @@ def test_resume_takes_no_other_settings(run):
         grpo.read_args(["--resume", str(run)])
 
 
+@SCRIPTS
+def test_a_data_file_that_has_changed_is_noticed(script, run, problems, tmp_path):
+    data = Path(shutil.copy(problems, tmp_path / "data.json"))
+    own = dict(num_prompts=2, minibatch_prompts=2, total_timesteps=8, kl_coef=0.0)
+    run_dir = train(script, tmp_path / "out", model=str(run / "model"), dataset=str(data), **own)
+    before, text = contents(run_dir), data.read_text()
+    data.write_text(text.replace("52+49=", "52+48="))
+    with pytest.raises(script.BadInput, match="the problems have changed"):
+        resume(script, run_dir, "--total-timesteps", 16)
+    assert contents(run_dir) == before
+    data.write_text(text)
+    resume(script, run_dir, "--total-timesteps", 16)
+
+
 def test_a_damaged_run_is_refused_and_stays_as_it_is(run, tmp_path):
     middle = bytearray((run / "checkpoint.pt").read_bytes())
     middle[len(middle) // 2] ^= 1
