@@ -14,10 +14,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports below
 
 import argparse
+import asyncio
 import copy
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -82,7 +84,8 @@ class Args:
     system_prompt: str | None = None  # system message of the chat template
     # 1 for the right number: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
     reward: Literal["exact", "boxed", "majority"] = "exact"
-    reward_fn: str | None = None  # module:function in place of --reward, called as TRL calls it
+    reward_fn: tuple[str, ...] = ()  # module:function or path.py:function, in place of --reward; called as by TRL
+    reward_weights: tuple[float, ...] = ()  # of several functions, whose rewards are added; default: 1 each
     num_votes: PositiveInt = 64  # completions that vote; the first --group-size are trained on
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of initial weights, prompts, samples and minibatches
     total_timesteps: Count = 81_920  # completions to sample for training; 0: evaluate only
@@ -96,13 +99,15 @@ class Args:
     max_grad_norm: Positive = 1.0  # largest norm of the gradient
     max_prompt_length: PositiveInt = 512  # tokens; longer prompts are left out
     max_completion_length: PositiveInt = 4  # tokens; longer completions are cut off
+    stop: tuple[str, ...] = ()  # texts of one token each that end a completion as the model's own stop tokens do
+    keep_special_tokens: bool = False  # leave special tokens in the text that is rewarded, but for the last
     sampling_temperature: Positive = 1.0  # of the policy, while sampling and while learning
     clip_coef: Positive = 0.2  # epsilon: the ratio's bounds are 1 -+ epsilon
     ratio_low: float | None = None  # lower bound of the clip, in place of 1 - epsilon
     ratio_high: float | None = None  # upper bound, in place of 1 + epsilon (dapo: 1 + 1.4 epsilon)
     tau_pos: Positive = 1.0  # sapo's temperature for positive advantages
     tau_neg: Positive = 1.05  # sapo's temperature for negative advantages
-    # divide by the group's std + 1e-6 with n - 1 (TRL), by sqrt(var + 1e-6) with n, or not; dr_grpo never does
+    # divide by the group's std + 1e-6 with n - 1 (TRL adds 1e-4), by sqrt(var + 1e-6) with n, or not (dr_grpo)
     scale_rewards: Literal["unbiased", "biased", "none"] = "unbiased"
     resample_rounds: Count = 10  # dapo: draws of new prompts for groups of equal rewards, at most
     mask_truncated: bool = False  # leave completions that were cut off out of the loss
@@ -142,6 +147,8 @@ class Args:
             raise ValueError("--num-votes must be at least --group-size")
         if self.reward_fn and self.reward != "exact":
             raise ValueError("--reward-fn takes the place of --reward: leave that out")
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_fn):
+            raise ValueError("--reward-weights needs a number for each --reward-fn")
         if (self.dataset or self.generator == "vllm") and not self.model:
             raise ValueError("--dataset and --generator vllm need --model: the built-in one reads sums only")
         if self.system_prompt and not self.chat_template:
@@ -433,11 +440,38 @@ def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, 
     return [list(sample.token_ids) for sample in samples], log_probs
 
 
+def stop_tokens(model, tokenizer, args):
+    """Tokens that end a completion, of the tokenizer, the model's generation config and --stop. BadInput."""
+    more = model.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])}
+    for text in args.stop:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or tokenizer.decode(ids) != text:
+            raise BadInput(f"--stop {text} is not one token of the tokenizer")
+        stop_ids.add(ids[0])
+    return stop_ids
+
+
+def check_sizes(model, tokenizer, problems, args):
+    """BadInput if the model has no embedding of a token, or of a position, that these problems need."""
+    stop_tokens(model, tokenizer, args)
+    embedding = model.get_input_embeddings()
+    largest = max(max(problem["ids"]) for problem in problems)
+    if largest >= len(embedding.weight):
+        raise BadInput(f"a prompt has token {largest}, and the model knows {len(embedding.weight)}: another tokenizer?")
+    longest = max(len(problem["ids"]) for problem in problems) + args.max_completion_length
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    message = f"prompts and completions of up to {longest} tokens: the model has {limit} positions"
+    others = [x.num_embeddings for x in model.modules() if isinstance(x, nn.Embedding) and x is not embedding]
+    if longest > limit and any(limit <= size <= limit + 2 for size in others):  # a table of positions, as GPT-2's
+        raise BadInput(f"{message}; lower --max-prompt-length or --max-completion-length")
+    if longest > limit:
+        say(f"warning: {message} that it was trained with")
+
+
 def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_p):
     """A group of G completions for each of P problems: dicts of lists and tensors [G]."""
-    stop_ids = {tokenizer.eos_token_id}
-    if (more := model.generation_config.eos_token_id) is not None:
-        stop_ids |= set(more if isinstance(more, list) else [more])
+    stop_ids = stop_tokens(model, tokenizer, args)
     prompts, (_, copies, limit) = [problem["ids"] for problem in problems], uniforms.shape
     options, groups = (sorted(stop_ids), temperature, top_p), []
     with whole_weights(model):
@@ -446,7 +480,8 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
         else:
             completions = generate(model, prompts, uniforms, *options, args.generation_batch_size)
             log_probs = [None] * len(completions)
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    bare = [x[:-1] if x[-1] in stop_ids else x for x in completions]  # a stop token need not be a special one
+    texts = tokenizer.batch_decode(bare, skip_special_tokens=not args.keep_special_tokens)
     lengths = torch.tensor([len(x) for x in completions]).view(-1, copies).double()
     truncated = torch.tensor([x[-1] not in stop_ids for x in completions]).view(-1, copies).double()
     for i, problem in enumerate(problems):
@@ -685,15 +720,34 @@ def same_answer(answer, truth):
         return False
 
 
+@functools.cache
 def load_function(name):
-    module, _, function = name.partition(":")
+    """The function that module:function or path.py:function names. BadInput if there is none."""
+    module, _, function = name.rpartition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"--reward-fn takes module:function, and {name} cannot be loaded: {error}") from None
+        if not module.endswith(".py"):
+            return getattr(importlib.import_module(module), function)
+        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return getattr(loaded, function)
+    except Exception as error:  # of the module's own code, too
+        where = "module:function or path.py:function"
+        raise BadInput(f"--reward-fn takes {where}, and {name} cannot be loaded: {one_line(error)}") from None
     finally:
         sys.path.pop(0)
+
+
+def check_functions(problems, args):
+    """BadInput if a reward function cannot be loaded, or not be called with what these problems have."""
+    groups = [{"problem": problem, "texts": [""], "completions": [[]]} for problem in problems]
+    for name in args.reward_fn:
+        signature = inspect.signature(load_function(name))
+        try:
+            signature.bind(**reward_keywords(groups))
+        except TypeError as error:
+            raise BadInput(f"--reward-fn {name}: {error}; it is called as TRL does, without trainer_state") from None
 
 
 def true_rewards(groups, args):
@@ -707,19 +761,42 @@ def true_rewards(groups, args):
     return torch.tensor(right, dtype=torch.float64)
 
 
-def function_rewards(groups, args):
+def reward_keywords(groups):
+    """What TRL passes to a reward function: lists with an entry per completion, of messages if the prompt is."""
     problems = [group["problem"] for group in groups for _ in group["texts"]]
     texts = [text for group in groups for text in group["texts"]]
-    names = {name for problem in problems for name in problem["row"]} - {"prompt", "prompts", "completions"}
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    names = {name for problem in problems for name in problem["row"]} - {"prompt", "completion"}
     columns = {name: [problem["row"].get(name) for problem in problems] for name in names}
-    rewards = load_function(args.reward_fn)(prompts=[x["prompt"] for x in problems], completions=texts, **columns)
-    try:
-        rewards = [float(x) for x in rewards]
-    except (TypeError, ValueError):  # not a list, or None (TRL's "not applicable") among them
-        rewards = []
-    if len(rewards) != len(texts) or not all(map(math.isfinite, rewards)):
-        raise BrokenRun(f"{args.reward_fn} must return {len(texts)} finite numbers, one per completion")
-    return torch.tensor(rewards, dtype=torch.float64).view(len(groups), -1)
+    return columns | {
+        "prompts": [problem["prompt"] for problem in problems],
+        "completions": [y if isinstance(x["prompt"], list) else text for x, y, text in zip(problems, chats, texts)],
+        "completion_ids": [ids for group in groups for ids in group["completions"]],
+    }
+
+
+def function_rewards(groups, args):
+    """The weighted sum of what the functions return, of those that apply (not None): [P, G]. BrokenRun if they fail."""
+    keywords = reward_keywords(groups)
+    count, totals, applied = len(keywords["completions"]), 0.0, False
+    for name, weight in zip(args.reward_fn, args.reward_weights or (1.0,) * len(args.reward_fn)):
+        try:
+            rewards = load_function(name)(**keywords)
+            rewards = asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise BrokenRun(f"--reward-fn {name}: {one_line(error)} ({last.filename}, line {last.lineno})") from error
+        try:
+            rewards = [x if x is None else float(x) for x in rewards]
+        except (TypeError, ValueError):
+            rewards = []
+        if len(rewards) != count or not all(x is None or math.isfinite(x) for x in rewards):
+            raise BrokenRun(f"{name} must return {count} finite numbers or None, one per completion")
+        totals += torch.tensor([0.0 if x is None else weight * x for x in rewards], dtype=torch.float64)
+        applied |= torch.tensor([x is not None for x in rewards])
+    if not applied.all():
+        raise BrokenRun("a completion has no reward: every --reward-fn returned None")
+    return totals.view(len(groups), -1)
 
 
 def majority_vote(keys):
@@ -981,8 +1058,8 @@ def train(args):
         device = start_processes(args)
         model, tokenizer = make_model(args, device)
         problems, held_out = make_problems(args, tokenizer)
-        if args.reward_fn:
-            load_function(args.reward_fn)
+        check_functions(problems + held_out, args)
+        check_sizes(model, tokenizer, problems + held_out, args)
         engine = make_vllm(args, device) if args.generator == "vllm" else None
         if not args.model and (args.kl_coef or not run.saved):  # a resumed run needs it for the reference only
             warm_up(model, tokenizer, problems, args)
@@ -1247,7 +1324,9 @@ class Run(ExitStack):
 
     def log_evaluation(self, result):
         """result: figure -> number, of held-out problems."""
-        say(f"step {self.step}, held-out: " + ", ".join(f"{name} {x:.3f}" for name, x in result.items()))
+        where = "training problems" if self.args.dataset and not self.args.eval_dataset else "held-out"
+        text = ", ".join(f"{name} {x:.3f}" for name, x in result.items())
+        say(f"step {self.step}, {where}: {text.replace('pass@1', 'reward') if self.args.reward_fn else text}")
         if RANK == 0:
             self.write("evaluations.csv", self.step, result, "eval/")
 
@@ -1282,7 +1361,10 @@ class Run(ExitStack):
         self.save()
         if self.step < self.args.total_timesteps:
             raise SystemExit(self.stop_message())
-        save_model(model, tokenizer, self.dir / "model")
+        try:
+            save_model(model, tokenizer, self.dir / "model")
+        except Exception as error:  # a full disk: every library has its own
+            raise OSError(f"cannot write {self.dir / 'model'}: {one_line(error)}; {self.command()}") from None
         say(f"complete at step {self.step}; the model: {self.dir / 'model'}")
         return str(self.dir)
 
@@ -1292,6 +1374,7 @@ class Run(ExitStack):
     def command(self, *more):
         launcher = ["torchrun", f"--nproc-per-node={LOCAL_WORLD_SIZE}"] if WORLD_SIZE > 1 else [sys.executable]
         words = [*launcher, os.path.abspath(__file__), "--resume", str(self.dir.resolve()), *more]
+        words += ["--reward-fn", *self.args.reward_fn] if self.args.reward_fn else []
         return f"go on with: {shlex.join(words)}"
 
 
@@ -1348,13 +1431,16 @@ def read_args(words):
     """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
     if any(word.startswith("--evaluate") for word in words):
-        raise BadInput("to evaluate a model: --model RUN_DIR/model --total-timesteps 0, and the settings of the run")
+        raise BadInput("to evaluate a complete run: --model RUN_DIR/model --total-timesteps 0, and its settings")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
-    run_dir = parser.parse_known_args(words)[0].resume
-    if run_dir is None:
+    parser.add_argument("--reward-fn", "--reward_fn", nargs="+", default=())
+    typed = parser.parse_known_args(words)[0]
+    if typed.resume is None:
         return tyro.cli(Args, args=words)
-    saved = dataclasses.replace(load_run(run_dir, "checkpoint.pt")[0], resume=run_dir)
+    saved = dataclasses.replace(load_run(typed.resume, "checkpoint.pt")[0], resume=typed.resume)
+    if saved.reward_fn and tuple(typed.reward_fn) != saved.reward_fn:  # code that a file names is not run
+        raise BadInput(f"the run calls code: if it is yours, add --reward-fn {shlex.join(saved.reward_fn)}")
     args = tyro.cli(Args, args=words, default=saved)
     for name, value in vars(saved).items():
         if getattr(args, name) != value and name not in MAY_CHANGE:

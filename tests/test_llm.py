@@ -493,24 +493,6 @@ def test_generation_with_a_cache_equals_generation_without(tiny, temperature, to
         assert gbpo.generate(model, PROMPTS, uniforms, stop, temperature, top_p, batch_size) == expected
 
 
-@pytest.mark.parametrize("kind", ["lfm2", "qwen3_5_text"])
-def test_generation_carries_the_states_of_convolutions_and_linear_attention(kind):
-    sizes = dict(vocab_size=20, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    sizes |= dict(num_key_value_heads=2, initializer_range=0.5, pad_token_id=0, eos_token_id=1)
-    if kind == "lfm2":
-        sizes |= dict(layer_types=["conv", "full_attention"])
-    else:
-        sizes |= dict(layer_types=["linear_attention", "full_attention"], head_dim=16, linear_num_value_heads=2)
-        sizes |= dict(linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    prompts, uniforms = [[5, 6, 12, 7], [9, 12]], torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(1))
-    expected = [literal_generation(model, p, x, 1.0, 1.0, [1, 7]) for p, group in zip(prompts, uniforms) for x in group]
-    assert len({len(x) for x in expected}) > 1
-    assert gbpo.generate(model, prompts, uniforms, [1, 7], 1.0, 1.0, 100) == expected
-
-
 @SCRIPTS
 def test_a_model_that_cannot_be_trained_is_bad_input(script, tiny, tmp_path):
     """Without a head, which transformers would draw at random; without a key-value cache."""
@@ -653,17 +635,189 @@ def test_votes_need_no_answers_but_evaluations_do(script, tiny, tmp_path):
     assert [len(x) for x in script.make_problems(args, tiny[1])] == [1, 1]
 
 
+SUM = {"prompt": "1+1=", "row": {"prompt": "1+1=", "answer": "2"}}
+SUMS = [{"problem": SUM, "texts": ["2", "3"], "completions": [[4, 1], [5, 1]]}]
+
+
+def with_functions(script, monkeypatch, **functions):
+    monkeypatch.setattr(script, "load_function", functions.get)
+
+
 @SCRIPTS
-@pytest.mark.parametrize("rewards", [[1.0, None], [1.0], [1.0] * 3, [0.0, math.nan], [math.inf, 0], None, ["a", 1]])
+@pytest.mark.parametrize("rewards", [[1.0], [1.0] * 3, [0.0, math.nan], [math.inf, 0], None, ["a", 1], 7])
 def test_a_reward_function_must_return_a_finite_number_for_each_completion(script, rewards, monkeypatch):
-    """None, TRL's "not applicable", is refused: left out of a group it would change who is compared with whom."""
-    monkeypatch.setattr(script, "load_function", lambda _: lambda **__: rewards)
-    problem = {"prompt": "1+1=", "row": {"prompt": "1+1=", "answer": "2"}}
-    groups, args = [{"problem": problem, "texts": ["2", "3"]}], script.Args(reward_fn="my:f")
-    with pytest.raises(script.BrokenRun, match="my:f must return 2 finite numbers"):
-        script.true_rewards(groups, args)
-    monkeypatch.setattr(script, "load_function", lambda _: lambda **__: [True, 0.5])
-    assert script.true_rewards(groups, args).tolist() == [[1.0, 0.5]]
+    with_functions(script, monkeypatch, f=lambda **_: rewards, g=lambda **_: [True, 0.5])
+    with pytest.raises(script.BrokenRun, match="f must return 2 finite numbers or None"):
+        script.true_rewards(SUMS, script.Args(reward_fn=("f",)))
+    assert script.true_rewards(SUMS, script.Args(reward_fn=("g",))).tolist() == [[1.0, 0.5]]
+
+
+@SCRIPTS
+def test_rewards_of_several_functions_are_weighted_and_none_does_not_apply(script, monkeypatch):
+    async def waits(completions, **_):
+        return [float(x) for x in completions]
+
+    with_functions(script, monkeypatch, f=lambda **_: [None, 1.0], g=waits)
+    args = script.Args(reward_fn=("f", "g"), reward_weights=(0.5, 2.0))
+    assert script.true_rewards(SUMS, args).tolist() == [[4.0, 6.5]]
+    assert script.true_rewards(SUMS, script.Args(reward_fn=("f", "g"))).tolist() == [[2.0, 4.0]]
+    with pytest.raises(script.BrokenRun, match="a completion has no reward: every --reward-fn returned None"):
+        script.true_rewards(SUMS, script.Args(reward_fn=("f",)))
+    with pytest.raises(pydantic.ValidationError, match="a number for each --reward-fn"):
+        script.Args(reward_fn=("f", "g"), reward_weights=(1.0,))
+
+
+@SCRIPTS
+def test_what_a_reward_function_raises_is_one_message_with_its_name_and_place(script, monkeypatch):
+    def broken(**_):
+        return json.loads("{")
+
+    with_functions(script, monkeypatch, f=broken)
+    with pytest.raises(script.BrokenRun, match=r"^--reward-fn f: JSONDecodeError: .*decoder.py, line \d+\)$"):
+        script.true_rewards(SUMS, script.Args(reward_fn=("f",)))
+
+
+@SCRIPTS
+def test_a_function_that_needs_what_is_not_there_is_refused_before_the_run(script, monkeypatch):
+    functions = {"good": lambda completions, answer, **_: 0, "bad": lambda completions, trainer_state, **_: 0}
+    with_functions(script, monkeypatch, **functions, narrow=lambda completions: 0)
+    script.check_functions([SUM], script.Args(reward_fn=("good",)))
+    for name, words in (
+        ("bad", "bad: missing a required argument: 'trainer_state'"),
+        ("narrow", "narrow: got an unex"),
+    ):
+        with pytest.raises(script.BadInput, match=words):
+            script.check_functions([SUM], script.Args(reward_fn=("good", name)))
+
+
+@SCRIPTS
+def test_completions_of_chats_are_messages_and_columns_and_tokens_come_along(script):
+    chat = {"prompt": [{"role": "user", "content": "1+1"}], "row": {"id": 7, "completion": "no", "prompts": "no"}}
+    group = {"problem": chat, "texts": ["2"], "completions": [[4, 1]]}
+    assert script.reward_keywords([*SUMS, group]) == {
+        "prompts": ["1+1=", "1+1=", chat["prompt"]],
+        "completions": ["2", "3", [{"role": "assistant", "content": "2"}]],
+        "completion_ids": [[4, 1], [5, 1], [4, 1]],
+        "answer": ["2", "2", None],
+        "id": [None, None, 7],
+    }
+
+
+@SCRIPTS
+def test_functions_are_loaded_from_a_path_or_a_module(script, tmp_path, monkeypatch):
+    """A file may be called as a module of the library is."""
+    (tmp_path / "statistics.py").write_text("import json\ndef f(**_):\n    return 17\n")
+    (tmp_path / "bad.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("statistics.py:f", f"{tmp_path}/statistics.py:f"):
+        assert script.load_function(name)() == 17
+    assert script.load_function("math:isfinite") is math.isfinite
+    for name in ("statistics.py:g", "bad.py:f", "none.py:f", "no_such_module:f", "f", "math:"):
+        with pytest.raises(script.BadInput, match="--reward-fn takes module:function or path.py:function, and "):
+            script.load_function(name)
+
+
+# --- before sampling
+
+
+@SCRIPTS
+def test_stop_tokens_are_those_of_tokenizer_generation_config_and_flag(script, tiny):
+    model, tokenizer = tiny
+    old = model.generation_config.eos_token_id
+    try:
+        for more, stop, expected in ((7, (), {1, 7}), ([7, 8], ("=",), {1, 7, 8, 13}), (None, (), {1})):
+            model.generation_config.eos_token_id = more
+            assert script.stop_tokens(model, tokenizer, script.Args(stop=stop)) == expected
+    finally:
+        model.generation_config.eos_token_id = old
+    for text in ("12", "x", ""):
+        with pytest.raises(script.BadInput, match=f"--stop {text} is not one token"):
+            script.stop_tokens(model, tokenizer, script.Args(stop=(text,)))
+
+
+@SCRIPTS
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_text_lacks_the_stop_token_and_has_special_ones_if_asked_for(script, tiny, keep):
+    model, tokenizer = tiny
+    args = script.Args(stop=("=", "+"), keep_special_tokens=keep)
+    uniforms = torch.rand(1, 40, 6, generator=torch.Generator().manual_seed(0))
+    (group,) = script.sample(model, None, tokenizer, args, [{"ids": PROMPTS[0]}], uniforms, 1.0, 1.0)
+    ended = [x for x in group["completions"] if x[-1] in (12, 13)]
+    assert ended and any(0 in x for x in group["completions"])
+    for ids, text in zip(group["completions"], group["texts"]):
+        kept = [x for x in (ids[:-1] if ids[-1] in (1, 12, 13) else ids) if x or keep]
+        assert text == tokenizer.decode(kept)
+        assert not {"+", "=", "<eos>"} & set(re.findall("<eos>|.", text))
+
+
+def sized(kind, **own):
+    """A random model of a kind, with 20 tokens."""
+    sizes = dict(vocab_size=20, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(num_key_value_heads=2, initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **sizes | own)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@SCRIPTS
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+def test_what_does_not_fit_the_models_tables_is_noticed_before_sampling(script, kind, tiny, capsys):
+    """A table of positions ends; rotary positions go on, which gets a warning."""
+    own = dict(max_position_embeddings=8) | (dict(word_embed_proj_dim=32, ffn_dim=32) if kind == "opt" else {})
+    model = sized(kind, **own)
+    problems, args = [{"ids": [3, 4, 5, 6, 7]}], script.Args(max_completion_length=3)
+    script.check_sizes(model, tiny[1], problems, args)
+    with pytest.raises(script.BadInput, match="a prompt has token 20, and the model knows 20"):
+        script.check_sizes(model, tiny[1], [{"ids": [20]}], args)
+    assert not capsys.readouterr().out
+    problems[0]["ids"].append(8)
+    if kind == "llama":
+        script.check_sizes(model, tiny[1], problems, args)
+        assert "warning: prompts and completions of up to 9 tokens: the model has 8" in capsys.readouterr().out
+    else:
+        with pytest.raises(script.BadInput, match="up to 9 tokens: the model has 8 positions; lower --max"):
+            script.check_sizes(model, tiny[1], problems, args)
+
+
+LAYERS = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=4)
+KINDS = {
+    "gpt2": {},
+    "opt": dict(word_embed_proj_dim=32, ffn_dim=32),
+    "gpt_neox": {},
+    "llama": {},
+    "mistral": dict(sliding_window=4),
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen3": dict(head_dim=16),
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=16),
+    "gemma2": dict(head_dim=16, **LAYERS),
+    "gemma3_text": dict(head_dim=16, **LAYERS),
+    "phi3": {},
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "qwen3_5_text": dict(
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=16,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_batch_equals_single_rows_in_every_architecture(kind):
+    """Log-probabilities and entropies; samples with a cache are those without."""
+    model = sized(kind, **KINDS[kind])
+    with torch.no_grad():
+        batch = gbpo.collate(PROMPTS, COMPLETIONS, "cpu")
+        log_probs, entropies = gbpo.token_log_probs(model, batch, 0.7)
+        for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
+            single = gbpo.token_log_probs(model, gbpo.collate([prompt], [completion], "cpu"), 0.7)
+            for found, expected in zip((log_probs, entropies), single):
+                torch.testing.assert_close(found[i, : len(completion)], expected[0], rtol=1e-4, atol=1e-5)
+    uniforms = torch.rand(3, 2, 6, generator=torch.Generator().manual_seed(1))
+    expected = [literal_generation(model, p, x, 1.0, 1.0, [1, 7]) for p, g in zip(PROMPTS, uniforms) for x in g]
+    assert gbpo.generate(model, PROMPTS, uniforms, [1, 7], 1.0, 1.0, 100) == expected
 
 
 # --- problems
@@ -697,7 +851,7 @@ def test_bad_rows_are_named_counted_and_left_out(tiny, tmp_path, capsys):
     assert len(gbpo.usable_problems(rows, "x.json", gbpo.Args(), tiny[1])) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert "6 of 8 rows left out" in line and "row 1 has no prompt" in line and "row 3 has no number" in line
-    args = gbpo.Args(reward_fn="a:b")  # answers may be anything then
+    args = gbpo.Args(reward_fn=("a:b",))  # answers may be anything then
     assert len(gbpo.usable_problems(rows, "x.json", args, tiny[1])) == 4
 
 
@@ -893,7 +1047,7 @@ def test_every_option_has_a_help_text(script, capsys):
 BAD_VALUES = dict(group_size=[1], num_prompts=[0, 10], minibatch_prompts=[0, 128], learning_rate=[math.nan, 0.0])
 BAD_VALUES |= dict(ratio_low=[1.0, -0.1], ratio_high=[0.9, math.inf], clip_coef=[1.5], env_id=["Hopper-v4"])
 BAD_VALUES |= dict(system_prompt=["Add."], eval_top_p=[0.0], generator=["vllm"], total_timesteps=[-1], seed=[2**31])
-BAD_VALUES |= dict(dataset=["x.json"], no_such_setting=[1], micro_batch_tokens=[0], warmup_accuracy=[1.0])
+BAD_VALUES |= dict(dataset=["x.json"], model=[""], no_such_setting=[1], micro_batch_tokens=[0], warmup_accuracy=[1.0])
 
 
 @SCRIPTS
@@ -906,7 +1060,7 @@ def test_bad_settings_are_refused(script, name):
 
 @SCRIPTS
 def test_settings_that_exclude_each_other_are_refused(script):
-    for own in (dict(reward="majority", num_votes=4), dict(reward="boxed", reward_fn="a:b")):
+    for own in (dict(reward="majority", num_votes=4), dict(reward="boxed", reward_fn=("a:b",))):
         with pytest.raises(pydantic.ValidationError, match="--num-votes|takes the place of --reward"):
             script.Args(**own)
 
