@@ -621,9 +621,9 @@ PLAIN = [
     (r"\s+", " "),
 ]
 VARIABLE = re.compile(r"^\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?")
-NO_UNIT = "hundred|thousand|[mb]illion|trillion|dozen|hal[fv]|third|quarter|fourth|fifth|tenth|pi|or|and|not|mod|base"
+NO_UNIT = r"hundred|thousand|[mbtr]+illion|dozen|hal[fv]|third|quarter|fourth|fifth|tenth|(?:pi|or|and|not|mod|base)\b"
 WORDS = rf" ?(?:[mgshlLCFKVWJN](?:/[a-z]{{1,4}})?|(?!(?:.*\W)?(?:{NO_UNIT}))[a-zA-Z]{{2}}[a-zA-Z ./]*) ?"
-BARE = "[mck]?m|[mk]?g|m?s|m?L|%|degrees?|dollars?|cents?|units?|inches|f(?:ee)?t|miles?|hours?|minutes?|days?|years?"
+BARE = "[mck]m|[mk]g|ms|mL|degrees?|dollars?|cents?|units?|inches|f(?:ee)?t|miles?|hours?|minutes?|days?|years?"
 UNIT = rf"\\(?:text(?:rm)?|mathrm|mbox) ?\{{{WORDS}\}}|(?<=[0-9] )(?:{BARE})|\\?%|°|\^ ?\{{? ?\\circ ?\}}?"
 UNITS = re.compile(rf"(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$")
 WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox) ?\{([^{}]*)\}")
@@ -633,6 +633,7 @@ NUMBER = re.compile(
 )
 
 
+@functools.lru_cache(10_000)
 def plain(text):
     """An answer without its typography, its unit and the variable that it is the value of."""
     text = text.translate(WIDE)
@@ -653,8 +654,8 @@ def parse_number(text):
     bottom = int(bottom or 1) * 10 ** len(decimals)
     if not bottom:
         return None
-    number = int(mixed or 0) + Fraction(int(re.sub("[, ]", "", top) + decimals), bottom)
-    return -number if sign == "-" else number
+    top = int(mixed or 0) * bottom + int(re.sub("[, ]", "", top) + decimals)
+    return Fraction(-top if sign == "-" else top, bottom)
 
 
 def answer_key(text):
