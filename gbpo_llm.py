@@ -728,10 +728,10 @@ def check_functions(problems, args):
     """BadInput if a reward function cannot be loaded, or not be called with what these problems have."""
     groups = [{"problem": problem, "texts": [""], "completions": [[]]} for problem in problems]
     for name in args.reward_fn:
-        signature = inspect.signature(load_function(name))
+        function = load_function(name)
         try:
-            signature.bind(**reward_keywords(groups))
-        except TypeError as error:
+            inspect.signature(function).bind(**reward_keywords(groups))
+        except (TypeError, ValueError) as error:
             raise BadInput(f"--reward-fn {name}: {error}; it is called as TRL does, without trainer_state") from None
 
 
