@@ -565,7 +565,7 @@ def encode(prompt, args, tokenizer):
     messages = isinstance(prompt, list) and all(isinstance(x, dict) and type(x.get("content")) is str for x in prompt)
     if not prompt or not (messages or isinstance(prompt, str)):
         raise ValueError("no prompt")
-    if re.search("[\ud800-\udfff]", json.dumps(prompt, ensure_ascii=False)):
+    if re.search("[\ud800-\udfff]", json.dumps(prompt, ensure_ascii=False, default=str)):
         raise ValueError("half a character in its prompt")
     if messages and not args.chat_template:
         raise ValueError("chat messages as its prompt: add --chat-template")
