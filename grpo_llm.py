@@ -14,12 +14,15 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports below
 
 import argparse
+import asyncio
 import copy
 import dataclasses
 import functools
-import importlib
+import importlib.util
+import inspect
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -64,6 +67,7 @@ LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK") or 0), int(os.en
 Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e38)]
+Name = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 
 
@@ -71,14 +75,17 @@ NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 class Args:
     objective: Literal["grpo", "dr_grpo", "dapo", "gspo", "sapo"] = "grpo"  # docs/grpo_llm.md has the five in a table
     env_id: str = "addition"  # the task's name: sums are built in
-    dataset: str | None = None  # .json, .jsonl or .parquet file, or ID, ID:SPLIT or ID:CONFIG:SPLIT on the Hub
-    eval_dataset: str | None = None  # held-out problems, in the same forms; default: those of --dataset
-    model: str | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
+    dataset: Name | None = None  # .json, .jsonl or .parquet file, or ID, ID:SPLIT or ID:CONFIG:SPLIT on the Hub
+    eval_dataset: Name | None = None  # held-out problems, in the same forms; default: those of --dataset
+    prompt_column: Name | None = None  # a.b: b of column a; default: prompt, problem or question
+    answer_column: Name | None = None  # default: answer, reward_model.ground_truth, ground_truth or solution
+    model: Name | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
     chat_template: bool = False  # wrap prompts in the tokenizer's chat template
     system_prompt: str | None = None  # system message of the chat template
     # 1 for the right number: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
     reward: Literal["exact", "boxed", "majority"] = "exact"
-    reward_fn: str | None = None  # module:function in place of --reward, called as TRL calls it
+    reward_fn: tuple[str, ...] = ()  # module:function or path.py:function, in place of --reward; called as by TRL
+    reward_weights: tuple[float, ...] = ()  # of several functions, whose rewards are added; default: 1 each
     num_votes: PositiveInt = 64  # completions that vote; the first --group-size are trained on
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of initial weights, prompts, samples and minibatches
     total_timesteps: Count = 81_920  # completions to sample for training; 0: evaluate only
@@ -92,13 +99,15 @@ class Args:
     max_grad_norm: Positive = 1.0  # largest norm of the gradient
     max_prompt_length: PositiveInt = 512  # tokens; longer prompts are left out
     max_completion_length: PositiveInt = 4  # tokens; longer completions are cut off
+    stop: tuple[str, ...] = ()  # texts of one token each that end a completion as the model's own stop tokens do
+    keep_special_tokens: bool = False  # leave special tokens in the text that is rewarded, but for the last
     sampling_temperature: Positive = 1.0  # of the policy, while sampling and while learning
     clip_coef: Positive = 0.2  # epsilon: the ratio's bounds are 1 -+ epsilon
     ratio_low: float | None = None  # lower bound of the clip, in place of 1 - epsilon
     ratio_high: float | None = None  # upper bound, in place of 1 + epsilon (dapo: 1 + 1.4 epsilon)
     tau_pos: Positive = 1.0  # sapo's temperature for positive advantages
     tau_neg: Positive = 1.05  # sapo's temperature for negative advantages
-    # divide by the group's std + 1e-6 with n - 1 (TRL), by sqrt(var + 1e-6) with n, or not; dr_grpo never does
+    # divide by the group's std + 1e-6 with n - 1 (TRL adds 1e-4), by sqrt(var + 1e-6) with n, or not (dr_grpo)
     scale_rewards: Literal["unbiased", "biased", "none"] = "unbiased"
     resample_rounds: Count = 10  # dapo: draws of new prompts for groups of equal rewards, at most
     mask_truncated: bool = False  # leave completions that were cut off out of the loss
@@ -138,6 +147,8 @@ class Args:
             raise ValueError("--num-votes must be at least --group-size")
         if self.reward_fn and self.reward != "exact":
             raise ValueError("--reward-fn takes the place of --reward: leave that out")
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_fn):
+            raise ValueError("--reward-weights needs a number for each --reward-fn")
         if (self.dataset or self.generator == "vllm") and not self.model:
             raise ValueError("--dataset and --generator vllm need --model: the built-in one reads sums only")
         if self.system_prompt and not self.chat_template:
@@ -192,8 +203,12 @@ def dapo_loss(log_ratio, advantage, mask, args):
 
 def gspo_loss(log_ratio, advantage, mask, args):
     """GSPO: the clipped geometric mean of the response's ratios, Eq. 107 and 109; the same for all its tokens."""
-    mean_log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return grpo_loss(mean_log_ratio, advantage, mask, args).expand_as(mask)
+    return grpo_loss(mean_log_ratio(log_ratio, mask), advantage, mask, args).expand_as(mask)
+
+
+def mean_log_ratio(log_ratio, mask):
+    """The log of Eq. 107: [B, T] -> [B, 1]"""
+    return (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def sapo_loss(log_ratio, advantage, mask, args):
@@ -221,15 +236,17 @@ def minibatch_loss(model, batch, args):
     log_ratio = (log_probs - batch["old_log_probs"]).clamp(-20, 20)
     ratio, (low, high) = log_ratio.exp(), ratio_bounds(args)
     loss = OBJECTIVES[args.objective](log_ratio, batch["advantages"][:, None], batch["mask"], args)
-    mean = batch["mask"] / batch["tokens"]
+    bounded, share = ratio, (mean := batch["mask"] / batch["tokens"])
+    if args.objective == "gspo":  # whose bounds are the responses'
+        bounded, share = mean_log_ratio(log_ratio, batch["mask"]).exp(), batch["weights"]
     stats = {
-        "clip_ratio/region_mean": (mean * ((ratio < low) | (ratio > high))).sum(),
+        "clip_ratio/region_mean": (share * ((bounded < low) | (bounded > high))).sum(),
         "losses/approx_kl": (mean * (ratio - 1 - log_ratio)).sum(),
         "entropy": (mean * entropy).sum(),
     }
     if args.kl_coef:
-        difference = batch["ref_log_probs"] - log_probs
-        kl = difference.exp() - difference - 1  # k3
+        difference = (batch["ref_log_probs"] - log_probs).clamp(-20, 20)
+        kl = (difference.exp() - difference - 1).clamp(max=10)  # k3, clamped as in verl
         loss, stats["kl"] = loss + args.kl_coef * kl, (mean * kl).sum()
     loss = (batch["weights"] * (loss - args.ent_coef * entropy)).sum()
     return loss, {"loss": loss} | stats, ratio
@@ -239,7 +256,7 @@ def minibatch_loss(model, batch, args):
 
 
 def token_log_probs(model, batch, temperature, entropy=True, entropy_gradient=False):
-    """Log-probability and entropy of each completion token, in float32 and nats: [B, T] each.
+    """Log-probability (of padding: 0) and entropy of each completion token, in float32 and nats: [B, T] each.
 
     entropy=False saves memory of the size of all logits.
     """
@@ -250,10 +267,11 @@ def token_log_probs(model, batch, temperature, entropy=True, entropy_gradient=Fa
         inputs |= dict(attention_mask=mask, position_ids=positions(mask))
     log_probs = (model(ids, **inputs).logits.float() / temperature).log_softmax(-1)
     chosen = log_probs.gather(-1, batch["ids"][:, -length:, None]).squeeze(-1)
+    chosen = chosen.where(batch["mask"] > 0, 0.0)  # of padding it may be -inf
     if not entropy:
         return chosen, None
     log_probs = log_probs if entropy_gradient else log_probs.detach()
-    return chosen, -(log_probs.exp() * log_probs).sum(-1)
+    return chosen, -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)  # else 0 times -inf
 
 
 def positions(attention_mask):
@@ -332,7 +350,6 @@ def warm_up(model, tokenizer, problems, args):
         rows = torch.randint(len(problems), (128,), generator=generator).tolist()
         batch = collate([problems[i]["ids"] for i in rows], [answers[i] for i in rows], model.device)
         log_probs, _ = token_log_probs(model, batch, 1.0, entropy=False)
-        log_probs = log_probs * batch["mask"]
         accuracy = 0.9 * accuracy + 0.1 * log_probs.detach().sum(1).exp().mean().item()  # chance of a right sample
         (-log_probs.sum() / batch["mask"].sum()).backward()
         optimizer.step()
@@ -423,11 +440,38 @@ def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, 
     return [list(sample.token_ids) for sample in samples], log_probs
 
 
+def stop_tokens(model, tokenizer, args):
+    """Tokens that end a completion, of the tokenizer, the model's generation config and --stop. BadInput."""
+    more = model.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])}
+    for text in args.stop:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or tokenizer.decode(ids) != text:
+            raise BadInput(f"--stop {text} is not one token of the tokenizer")
+        stop_ids.add(ids[0])
+    return stop_ids
+
+
+def check_sizes(model, tokenizer, problems, args):
+    """BadInput if the model has no embedding of a token, or of a position, that these problems need."""
+    stop_tokens(model, tokenizer, args)
+    embedding = model.get_input_embeddings()
+    largest = max(max(problem["ids"]) for problem in problems)
+    if largest >= len(embedding.weight):
+        raise BadInput(f"a prompt has token {largest}, and the model knows {len(embedding.weight)}: another tokenizer?")
+    longest = max(len(problem["ids"]) for problem in problems) + args.max_completion_length
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    message = f"prompts and completions of up to {longest} tokens: the model has {limit} positions"
+    others = [x.num_embeddings for x in model.modules() if isinstance(x, nn.Embedding) and x is not embedding]
+    if longest > limit and any(limit <= size <= limit + 2 for size in others):  # a table of positions, as GPT-2's
+        raise BadInput(f"{message}; lower --max-prompt-length or --max-completion-length")
+    if longest > limit:
+        say(f"warning: {message} that it was trained with")
+
+
 def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_p):
     """A group of G completions for each of P problems: dicts of lists and tensors [G]."""
-    stop_ids = {tokenizer.eos_token_id}
-    if (more := model.generation_config.eos_token_id) is not None:
-        stop_ids |= set(more if isinstance(more, list) else [more])
+    stop_ids = stop_tokens(model, tokenizer, args)
     prompts, (_, copies, limit) = [problem["ids"] for problem in problems], uniforms.shape
     options, groups = (sorted(stop_ids), temperature, top_p), []
     with whole_weights(model):
@@ -436,7 +480,8 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
         else:
             completions = generate(model, prompts, uniforms, *options, args.generation_batch_size)
             log_probs = [None] * len(completions)
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    bare = [x[:-1] if x[-1] in stop_ids else x for x in completions]  # a stop token need not be a special one
+    texts = tokenizer.batch_decode(bare, skip_special_tokens=not args.keep_special_tokens)
     lengths = torch.tensor([len(x) for x in completions]).view(-1, copies).double()
     truncated = torch.tensor([x[-1] not in stop_ids for x in completions]).view(-1, copies).double()
     for i, problem in enumerate(problems):
@@ -454,8 +499,10 @@ def read_rows(source):
     path = Path(source)
     try:
         if path.suffix in (".json", ".jsonl"):
-            text = path.read_text()
-            return json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x]
+            text = path.read_text(encoding="utf-8-sig")
+            if text.lstrip().startswith("["):
+                return json.loads(text)
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         import datasets
 
         datasets.disable_progress_bars()
@@ -467,6 +514,24 @@ def read_rows(source):
         raise BadInput(f"cannot read {source}: {one_line(error)[:200]}") from None
 
 
+def column(row, named, usual):
+    """The entry of a row in the named column, or in the first of the usual ones that it has; None if there is none."""
+    for name in [named] if named else usual:
+        value = row
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return value[0] if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], dict) else value
+    return None
+
+
+def true_answer(value, reward):
+    """The key of an answer that a dataset gives: after ####, in its last box, or all of it. None if it has none."""
+    text = str("" if value is None else value)
+    text = text.rpartition("####")[2] if "####" in text else last_box(text) or text
+    return parse_number(text) if reward == "exact" else answer_key(text)
+
+
 def usable_problems(rows, source, args, tokenizer, answers=True):
     """Problems (dicts) of the rows that are good; others are named and counted. BadInput if there are none.
 
@@ -475,29 +540,47 @@ def usable_problems(rows, source, args, tokenizer, answers=True):
     problems, bad = [], []
     for i, row in enumerate(rows if isinstance(rows, list) else []):
         row = row if isinstance(row, dict) else {}
-        prompt, number = row.get("prompt"), parse_number(str(row.get("answer")))
-        if not isinstance(prompt, str) or not prompt or re.search("[\ud800-\udfff]", prompt):  # half a character
-            bad.append(f"row {i} has no prompt")
-        elif number is None and answers and not args.reward_fn:
-            bad.append(f"row {i} has no number as its answer")
-        elif len(ids := encode(prompt, args, tokenizer)) > args.max_prompt_length:
-            bad.append(f"row {i} has a prompt of {len(ids)} tokens")
-        else:
-            problems.append({"row": row, "prompt": prompt, "ids": ids, "number": number})
+        prompt = column(row, args.prompt_column, ("prompt", "problem", "question"))
+        usual = ("answer", "reward_model.ground_truth", "ground_truth", "solution")
+        answer = true_answer(column(row, args.answer_column, usual), args.reward)
+        try:
+            ids = encode(prompt, args, tokenizer)
+            if not 0 < len(ids) <= args.max_prompt_length:
+                raise ValueError(f"a prompt of {len(ids)} tokens")
+            if answer is None and answers and not args.reward_fn:
+                raise ValueError(f"no {'number as its ' * (args.reward == 'exact')}answer")
+            problems.append({"row": row, "prompt": prompt, "ids": ids, "answer": answer})
+        except ValueError as error:
+            bad.append(f"row {i} has {error}")
+            columns = f"; its columns: {', '.join(map(str, row)) or 'none'}"
     if not problems:
-        raise BadInput(f"{source} has no usable row: {'; '.join(bad[:3]) or 'it must be a list of rows'}")
+        raise BadInput(f"{source} has no usable row: {'; '.join(bad[:3]) + columns if bad else 'it must be a list'}")
     if bad:
         say(f"{source}: {len(bad)} of {len(rows)} rows left out ({'; '.join(bad[:5])}{'; ...' * (len(bad) > 5)})")
     return problems
 
 
 def encode(prompt, args, tokenizer):
-    """Tokens of a prompt, in the chat template if asked for."""
+    """Tokens of a prompt, a text or a list of chat messages. ValueError if it is neither or its template refuses it."""
+    messages = isinstance(prompt, list) and all(isinstance(x, dict) and type(x.get("content")) is str for x in prompt)
+    if not prompt or not (messages or isinstance(prompt, str)):
+        raise ValueError("no prompt")
+    if re.search("[\ud800-\udfff]", json.dumps(prompt, ensure_ascii=False, default=str)):
+        raise ValueError("half a character in its prompt")
+    if messages and not args.chat_template:
+        raise ValueError("chat messages as its prompt: add --chat-template")
     if not args.chat_template:
-        return tokenizer(prompt)["input_ids"]
-    messages = [{"role": "system", "content": args.system_prompt}] * bool(args.system_prompt)
-    messages += [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
+        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids  # the text had one, too
+    prompt = prompt if messages else [{"role": "user", "content": prompt}]
+    if args.system_prompt:
+        if prompt[0].get("role") == "system":
+            raise ValueError("a system message of its own: leave out --system-prompt")
+        prompt = [{"role": "system", "content": args.system_prompt}, *prompt]
+    try:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except Exception as error:  # of the template's language
+        raise ValueError(f"a prompt that the chat template refuses: {one_line(error)}") from None
 
 
 def addition_rows():
@@ -509,10 +592,12 @@ def addition_rows():
 
 def make_problems(args, tokenizer):
     """Problems to train on and held-out ones: two lists."""
+    if args.reward != "exact" and not importlib.util.find_spec("math_verify"):
+        raise BadInput(f"--reward {args.reward} needs math-verify: pip install -r requirements-llm.txt")
     if args.dataset:
         labelled = args.reward != "majority"  # whose votes need no answers
         problems = usable_problems(read_rows(args.dataset), args.dataset, args, tokenizer, answers=labelled)
-        held_out = [x for x in problems if x["number"] is not None or args.reward_fn]
+        held_out = [x for x in problems if x["answer"] is not None or args.reward_fn]
     else:
         rows, source = addition_rows(), "the built-in task"
         problems, held_out = (usable_problems(x, source, args, tokenizer) for x in (rows[500:], rows[:500]))
@@ -525,70 +610,194 @@ def make_problems(args, tokenizer):
     return problems, held_out
 
 
-# A completion is untrusted text: it is matched by bounded expressions, never evaluated.
-WHOLE = r"[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12}|(?=\.[0-9])"  # the last: nothing, as in .5
-NUMBER = re.compile(rf"([+-]?)({WHOLE})(?:\.([0-9]{{0,40}}))?(?:/([0-9]{{1,40}}))?")
-FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{([0-9]{1,40})()\}\{([0-9]{1,40})\}")
+# A completion is untrusted text: it is matched by bounded expressions, or given a second of math-verify; never run.
+WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {0x2212: "-", 0xA0: " ", 0x2009: " ", 0x202F: " ", 0x3000: " "}
+PLAIN = [
+    (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~", " "),
+    (r"\{,\}", ","),
+    (r"\\?[$€£¥]|\\[()\[\]]", " "),
+    (r"\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", r" \1\2/\3\4 "),
+    (r"\s+", " "),
+]
+VARIABLE = re.compile(r"^\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?")
+NO_UNIT = r"hundred|thousand|[mbtr]+illion|dozen|hal[fv]|third|quarter|fourth|fifth|tenth|(?:pi|or|and|not|mod|base)\b"
+WORDS = rf" ?(?:[mgshlLCFKVWJN](?:/[a-z]{{1,4}})?|(?!(?:.*\W)?(?:{NO_UNIT}))[a-zA-Z]{{2}}[a-zA-Z ./]*) ?"
+BARE = "[mck]m|[mk]g|ms|mL|degrees?|dollars?|cents?|units?|inches|f(?:ee)?t|miles?|hours?|minutes?|days?|years?"
+UNIT = rf"\\(?:text(?:rm)?|mathrm|mbox) ?\{{{WORDS}\}}|(?<=[0-9] )(?:{BARE})|\\?%|°|\^ ?\{{? ?\\circ ?\}}?"
+UNITS = re.compile(rf"(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$")
+WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox) ?\{([^{}]*)\}")
+WHOLE = r"[0-9]{1,40}|[0-9]{1,3}(?P<comma>[, ])[0-9]{3}(?:(?P=comma)[0-9]{3}){0,11}|(?=\.[0-9])"
+NUMBER = re.compile(
+    rf"([+-]?) ?(?:([0-9]{{1,40}}) (?=[0-9]+/))?({WHOLE})(?:\.([0-9]{{0,40}}))?(?: ?/ ?([0-9]{{1,40}}))?"
+)
+
+
+@functools.lru_cache(10_000)
+def plain(text):
+    """An answer without its typography, its unit and the variable that it is the value of."""
+    text = text.translate(WIDE)
+    for pattern, new in PLAIN:
+        text = re.sub(pattern, new, text)
+    text = text.strip(" *")
+    return WRAPPER.sub(r" \1 ", UNITS.sub("", VARIABLE.sub("", text)) or text).strip()
 
 
 def parse_number(text):
-    """The number that the text is, or None: 142, -1,000, 0.5, 3/4, \\frac{3}{4}, each also within $."""
+    """The number that the text is, or None: -1,000, 0.5, 3/4, \\frac34, 1\\,000, x=5, 5\\text{ cm}, 50\\%, \\$5."""
     if len(text) > 200:
         return None
-    text = text.strip().strip("$").strip()
-    match = FRACTION.fullmatch(text) or NUMBER.fullmatch(text)
+    match = NUMBER.fullmatch(plain(text))
     if not match:
         return None
-    sign, top, decimals, bottom = (part or "" for part in match.groups())
-    top, bottom = int(sign + top.replace(",", "") + decimals), int(bottom or 1) * 10 ** len(decimals)
-    return Fraction(top, bottom) if bottom else None
+    sign, mixed, top, _, decimals, bottom = (part or "" for part in match.groups())
+    bottom = int(bottom or 1) * 10 ** len(decimals)
+    if not bottom:
+        return None
+    top = int(mixed or 0) * bottom + int(re.sub("[, ]", "", top) + decimals)
+    return Fraction(-top if sign == "-" else top, bottom)
 
 
-def extract_answer(text, reward):
-    """The number that a completion gives, or None: in the last \\boxed{} (of at most 200 characters) or as a whole."""
-    start = text.rfind("\\boxed{")
-    if reward == "exact" or (reward == "majority" and start < 0):
-        return parse_number(text)
-    depth, inside = 1, text[start + 7 : start + 207] if start >= 0 else ""
-    for i, character in enumerate(inside):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return parse_number(inside[:i])
+def answer_key(text):
+    """By which answers are compared: a number, else plain text; None if it is empty, too long or breaks off."""
+    number = parse_number(text)
+    if number is not None or len(text) > 200:
+        return number
+    text = re.sub(r" *([^\w ]) *", r"\1", plain(text).rstrip("."))
+    return None if re.search(r"[-+*/^_=<>\\]$", text) else text or None
+
+
+def last_box(text):
+    """What the last \\boxed or \\fbox with an end and a content holds (200 characters at most), or None.
+
+    A minus directly before the box belongs to the answer.
+    """
+    start = len(text)
+    for _ in range(8):
+        start = max(text.rfind("\\boxed", 0, start), text.rfind("\\fbox", 0, start))
+        if start < 0:
+            return None
+        match = re.match(r"\\(?:boxed|fbox)\s{0,3}(?:\{|([0-9.,/+-]{0,40}[0-9]))", text[start : start + 60])
+        if not match:
+            continue
+        sign = "-" if re.search(r"(?:^|[^\w)}\]-])[-−]\Z", text[max(0, start - 2) : start]) else ""
+        if match[1]:  # \boxed 5
+            return sign + match[1]
+        depth, inside = 1, text[start + match.end() :][:201]
+        for i, character in enumerate(inside):
+            depth += (character == "{") - (character == "}")
+            if depth == 0 and inside[:i].strip():
+                return sign + inside[:i]
+            if depth == 0:
+                break
     return None
 
 
+def extract_answer(text, reward):
+    """The key of a completion's answer, or None: that of the last box, or the number that it is as a whole."""
+    box = None if reward == "exact" else last_box(text)
+    if reward == "exact" or (reward == "majority" and box is None):
+        return parse_number(text)
+    return box and answer_key(box)
+
+
+@functools.lru_cache(100_000)
+def same_answer(answer, truth):
+    """Whether two keys are the same answer: two numbers exactly; else math-verify has a second for each step."""
+    numbers = isinstance(answer, Fraction) + isinstance(truth, Fraction)
+    if answer is None or truth is None or answer == truth or numbers == 2:
+        return answer is not None and answer == truth
+    other = answer if isinstance(answer, str) else truth
+    if numbers and (re.search("[a-zA-Z_=]", re.sub(r"\\[a-zA-Z]+", "", other)) or not re.search(r"[\\^(*+]", other)):
+        return False  # a variable, or what parse_number would have read
+    import math_verify
+    from math_verify.errors import TimeoutException
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    try:
+        parsed = [math_verify.parse(f"${x}$", parsing_timeout=1) for x in (truth, answer)]
+        return bool(math_verify.verify(*parsed, timeout_seconds=1))
+    except (Exception, TimeoutException):  # what it cannot read is not the answer
+        return False
+
+
+@functools.cache
 def load_function(name):
-    module, _, function = name.partition(":")
+    """The function that module:function or path.py:function names. BadInput if there is none."""
+    module, _, function = name.rpartition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"--reward-fn takes module:function, and {name} cannot be loaded: {error}") from None
+        if not module.endswith(".py"):
+            return getattr(importlib.import_module(module), function)
+        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return getattr(loaded, function)
+    except Exception as error:  # of the module's own code, too
+        where = "module:function or path.py:function"
+        raise BadInput(f"--reward-fn takes {where}, and {name} cannot be loaded: {one_line(error)}") from None
     finally:
         sys.path.pop(0)
+
+
+def check_functions(problems, args):
+    """BadInput if a reward function cannot be loaded, or not be called with what these problems have."""
+    groups = [{"problem": problem, "texts": [""], "completions": [[]]} for problem in problems]
+    for name in args.reward_fn:
+        function = load_function(name)
+        try:
+            inspect.signature(function).bind(**reward_keywords(groups))
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"--reward-fn {name}: {error}; it is called as TRL does, without trainer_state") from None
 
 
 def true_rewards(groups, args):
     """Rewards [P, G] of P groups of G texts, by --reward-fn or the true answers."""
     if args.reward_fn:
         return function_rewards(groups, args)
-    right = [[extract_answer(x, args.reward) == group["problem"]["number"] for x in group["texts"]] for group in groups]
+    right = [
+        [same_answer(extract_answer(x, args.reward), group["problem"]["answer"]) for x in group["texts"]]
+        for group in groups
+    ]
     return torch.tensor(right, dtype=torch.float64)
 
 
-def function_rewards(groups, args):
+def reward_keywords(groups):
+    """What TRL passes to a reward function: lists with an entry per completion, of messages if the prompt is."""
     problems = [group["problem"] for group in groups for _ in group["texts"]]
     texts = [text for group in groups for text in group["texts"]]
-    names = {name for problem in problems for name in problem["row"]} - {"prompt", "prompts", "completions"}
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    names = {name for problem in problems for name in problem["row"]} - {"prompt", "completion"}
     columns = {name: [problem["row"].get(name) for problem in problems] for name in names}
-    rewards = load_function(args.reward_fn)(prompts=[x["prompt"] for x in problems], completions=texts, **columns)
-    try:
-        rewards = [float(x) for x in rewards]
-    except (TypeError, ValueError):  # not a list, or None (TRL's "not applicable") among them
-        rewards = []
-    if len(rewards) != len(texts) or not all(map(math.isfinite, rewards)):
-        raise BrokenRun(f"{args.reward_fn} must return {len(texts)} finite numbers, one per completion")
-    return torch.tensor(rewards, dtype=torch.float64).view(len(groups), -1)
+    return columns | {
+        "prompts": [problem["prompt"] for problem in problems],
+        "completions": [y if isinstance(x["prompt"], list) else text for x, y, text in zip(problems, chats, texts)],
+        "completion_ids": [ids for group in groups for ids in group["completions"]],
+    }
+
+
+def function_rewards(groups, args):
+    """The weighted sum of what the functions return, of those that apply (not None): [P, G]. BrokenRun if they fail."""
+    keywords = reward_keywords(groups)
+    count, totals, applied = len(keywords["completions"]), 0.0, False
+    for name, weight in zip(args.reward_fn, args.reward_weights or (1.0,) * len(args.reward_fn)):
+        try:
+            rewards = load_function(name)(**keywords)
+            rewards = asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise BrokenRun(f"--reward-fn {name}: {one_line(error)} ({last.filename}, line {last.lineno})") from error
+        try:
+            rewards = [x if x is None else float(x) for x in rewards]
+        except (TypeError, ValueError):
+            rewards = []
+        if len(rewards) != count or not all(x is None or math.isfinite(x) for x in rewards):
+            raise BrokenRun(f"{name} must return {count} finite numbers or None, one per completion")
+        totals += torch.tensor([0.0 if x is None else weight * x for x in rewards], dtype=torch.float64)
+        applied |= torch.tensor([x is not None for x in rewards])
+    if not applied.all():
+        raise BrokenRun("a completion has no reward: every --reward-fn returned None")
+    return totals.view(len(groups), -1)
 
 
 def majority_vote(keys):
@@ -600,11 +809,11 @@ def majority_vote(keys):
 def majority_rewards(groups, args):
     """TTRL: rewards [P, V], 1 for the label that most of a group gave; statistics [P], NaN where no truth is known."""
     keys = [[extract_answer(text, args.reward) for text in group["texts"]] for group in groups]
-    labels, truths = [majority_vote(group) for group in keys], [group["problem"]["number"] for group in groups]
+    labels, truths = [majority_vote(group) for group in keys], [group["problem"]["answer"] for group in groups]
     rewards = torch.tensor([[k is not None and k == label for k in x] for x, label in zip(keys, labels)]).double()
     known = torch.tensor([math.nan if truth is None else 1.0 for truth in truths]).double()
     stats = {
-        "ttrl/label_accuracy": known * torch.tensor([label == truth for label, truth in zip(labels, truths)]),
+        "ttrl/label_accuracy": known * torch.tensor(list(map(same_answer, labels, truths))),
         "ttrl/majority_ratio": rewards.mean(1),
         "ttrl/ground_truth_ratio": known * true_rewards(groups, args).mean(1),
     }
@@ -850,8 +1059,8 @@ def train(args):
         device = start_processes(args)
         model, tokenizer = make_model(args, device)
         problems, held_out = make_problems(args, tokenizer)
-        if args.reward_fn:
-            load_function(args.reward_fn)
+        check_functions(problems + held_out, args)
+        check_sizes(model, tokenizer, problems + held_out, args)
         engine = make_vllm(args, device) if args.generator == "vllm" else None
         if not args.model and (args.kl_coef or not run.saved):  # a resumed run needs it for the reference only
             warm_up(model, tokenizer, problems, args)
@@ -859,7 +1068,7 @@ def train(args):
         for whole in filter(None, (model, reference) if args.fsdp else ()):
             shard(whole, device)
         learner = Learner(model, args)
-        run.begin(learner)  # restores it, or makes the folder: all is known to fit by now
+        run.begin(learner, problems + held_out)  # restores it, or makes the folder: all is known to fit by now
         sampler = functools.partial(sample, model, engine, tokenizer, args)
         if not run.saved:
             run.log_evaluation(evaluate(sampler, held_out, args))
@@ -1018,15 +1227,17 @@ class Run(ExitStack):
             saved = (self.dir / "checkpoint.pt").exists()
             raise SystemExit(f"error: out of memory; {self.command(less) if saved else 'start with ' + less}") from None
 
-    def begin(self, learner):
-        """Restores the learner, or makes the folder; opens the logs."""
-        self.learner, args = learner, self.args
+    def begin(self, learner, problems):
+        """Restores the learner, or makes the folder; opens the logs. The problems must be those that the run had."""
+        self.learner, args, data = learner, self.args, 0
+        for problem in problems:
+            data = zlib.crc32(repr(problem["row"]).encode(errors="surrogatepass"), data)
         if args.track and RANK == 0:
             import wandb
 
             if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
                 raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
-        about = self.restore() if self.saved else self.make_dir()
+        about = self.restore(data) if self.saved else self.make_dir() | {"data": data}
         if RANK == 0:
             about["args"] = dataclasses.asdict(args) | {"resume": None}
             write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
@@ -1062,8 +1273,11 @@ class Run(ExitStack):
         about = {"format": FORMAT, "script": SCRIPT, "commit": commit, "python": sys.version.split()[0]}
         return about | {"versions": {name: version(name) for name in sorted(modules)}}
 
-    def restore(self):
+    def restore(self, data):
         """Reads all, then changes: the learner, the logs as they were. Returns args.json."""
+        about = json.loads((self.dir / "args.json").read_bytes())
+        if about["data"] != data:
+            raise BadInput(f"the problems have changed since {self.dir} began: --dataset or --eval-dataset")
         try:
             self.learner.load_state_dict(self.saved["learner"])
         except (RuntimeError, ValueError, KeyError):
@@ -1071,7 +1285,6 @@ class Run(ExitStack):
         sizes = {self.dir / name: size for name, size in self.saved["log_sizes"].items()}
         if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
             raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
-        about = json.loads((self.dir / "args.json").read_bytes())
         if RANK == 0:
             for path, size in sizes.items():
                 os.truncate(path, size)  # drops rows written after the checkpoint
@@ -1112,7 +1325,9 @@ class Run(ExitStack):
 
     def log_evaluation(self, result):
         """result: figure -> number, of held-out problems."""
-        say(f"step {self.step}, held-out: " + ", ".join(f"{name} {x:.3f}" for name, x in result.items()))
+        where = "training problems" if self.args.dataset and not self.args.eval_dataset else "held-out"
+        text = ", ".join(f"{name} {x:.3f}" for name, x in result.items())
+        say(f"step {self.step}, {where}: {text.replace('pass@1', 'reward') if self.args.reward_fn else text}")
         if RANK == 0:
             self.write("evaluations.csv", self.step, result, "eval/")
 
@@ -1147,7 +1362,10 @@ class Run(ExitStack):
         self.save()
         if self.step < self.args.total_timesteps:
             raise SystemExit(self.stop_message())
-        save_model(model, tokenizer, self.dir / "model")
+        try:
+            save_model(model, tokenizer, self.dir / "model")
+        except Exception as error:  # a full disk: every library has its own
+            raise OSError(f"cannot write {self.dir / 'model'}: {one_line(error)}; {self.command()}") from None
         say(f"complete at step {self.step}; the model: {self.dir / 'model'}")
         return str(self.dir)
 
@@ -1157,6 +1375,7 @@ class Run(ExitStack):
     def command(self, *more):
         launcher = ["torchrun", f"--nproc-per-node={LOCAL_WORLD_SIZE}"] if WORLD_SIZE > 1 else [sys.executable]
         words = [*launcher, os.path.abspath(__file__), "--resume", str(self.dir.resolve()), *more]
+        words += ["--reward-fn", *self.args.reward_fn] if self.args.reward_fn else []
         return f"go on with: {shlex.join(words)}"
 
 
@@ -1213,13 +1432,16 @@ def read_args(words):
     """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
     if any(word.startswith("--evaluate") for word in words):
-        raise BadInput("to evaluate a model: --model RUN_DIR/model --total-timesteps 0, and the settings of the run")
+        raise BadInput("to evaluate a complete run: --model RUN_DIR/model --total-timesteps 0, and its settings")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
-    run_dir = parser.parse_known_args(words)[0].resume
-    if run_dir is None:
+    parser.add_argument("--reward-fn", "--reward_fn", nargs="+", default=())
+    typed = parser.parse_known_args(words)[0]
+    if typed.resume is None:
         return tyro.cli(Args, args=words)
-    saved = dataclasses.replace(load_run(run_dir, "checkpoint.pt")[0], resume=run_dir)
+    saved = dataclasses.replace(load_run(typed.resume, "checkpoint.pt")[0], resume=typed.resume)
+    if saved.reward_fn and tuple(typed.reward_fn) != saved.reward_fn:  # code that a file names is not run
+        raise BadInput(f"the run calls code: if it is yours, add --reward-fn {shlex.join(saved.reward_fn)}")
     args = tyro.cli(Args, args=words, default=saved)
     for name, value in vars(saved).items():
         if getattr(args, name) != value and name not in MAY_CHANGE:

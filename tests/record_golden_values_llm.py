@@ -110,7 +110,7 @@ def record_shared(gbpo, grpo):
             both = gbpo.group_advantages(rewards, quantile, scale)
             assert torch.equal(both[0], grpo.group_advantages(rewards, scale))
             golden["advantages"][f"{scale} {quantile}"] = [x.tolist() for x in both]
-    problems = [{"number": x} for x in NUMBERS]
+    problems = [{"answer": x} for x in NUMBERS]
     for reward in ("exact", "boxed", "majority"):
         score = gbpo.majority_rewards if reward == "majority" else gbpo.true_rewards
         scores, stats = score(problems, TEXTS, gbpo.Args(reward=reward))

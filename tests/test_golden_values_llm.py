@@ -52,7 +52,7 @@ def test_advantages_rewards_samples_and_draws_are_the_recorded_ones():
         found = gbpo.group_advantages(rewards, float(quantile), scale)
         close(torch.stack(found), torch.tensor(both, dtype=torch.float64))
         assert torch.equal(grpo.group_advantages(rewards, scale), found[0])
-    groups = [{"problem": {"number": x}, "texts": texts} for x, texts in zip(NUMBERS, golden["texts"])]
+    groups = [{"problem": {"answer": x}, "texts": texts} for x, texts in zip(NUMBERS, golden["texts"])]
     for reward, (scores, stats) in golden["scores"].items():
         args = gbpo.Args(reward=reward)
         if reward == "majority":

@@ -186,9 +186,13 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
         low, high = script.ratio_bounds(args)
         ratio = (log_probs - batch["old_log_probs"]).exp()[batch["mask"] > 0]
         assert torch.equal(ratios[batch["mask"] > 0], ratio)
-        outside = ((ratio < low) | (ratio > high)).sum().item()
-        assert 0 < outside or high > 3
-        assert stats["clip_ratio/region_mean"].item() == pytest.approx(outside / batch["tokens"])
+        if objective == "gspo":  # of the 9 responses, each of which has one ratio
+            means = [x[m > 0].mean().exp() for x, m in zip(log_probs - batch["old_log_probs"], batch["mask"])]
+            outside, of = sum(not low <= x <= high for x in means), 9
+        else:
+            outside, of = ((ratio < low) | (ratio > high)).sum().item(), batch["tokens"]
+        assert 0 < outside or high > 3 or objective == "gspo"
+        assert stats["clip_ratio/region_mean"].item() == pytest.approx(outside / of)
         kl = (ratio - 1 - ratio.log()).sum().item() / batch["tokens"]
         assert stats["losses/approx_kl"].item() == pytest.approx(kl)
 
@@ -202,6 +206,35 @@ def test_a_token_that_the_old_policy_all_but_excluded_leaves_the_loss_finite(scr
     loss, stats, ratios = script.minibatch_loss(None, batch, script.Args(max_completion_length=7))
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert all(x.isfinite().all() for x in (loss, gradient, ratios, *stats.values()))
+
+
+@SCRIPTS
+def test_the_kl_estimate_is_clamped_as_in_verl(script, monkeypatch):
+    """Log-ratios to +-20, the estimate to 10: a peaked model's exp(90) would be the only thing learned."""
+    log_probs = torch.tensor([[-95.0, -1.0, -0.5]], requires_grad=True)
+    batch = {"mask": torch.ones(1, 3), "weights": torch.ones(1, 3) / 3, "tokens": 3.0}
+    batch |= {"old_log_probs": log_probs.detach(), "ref_log_probs": torch.tensor([[-0.1, -0.5, -95.0]])}
+    batch |= {"advantages": torch.zeros(1), "median_advantages": torch.zeros(1)}
+    monkeypatch.setattr(script, "token_log_probs", lambda *_, **__: (log_probs, torch.zeros(1, 3)))
+    loss, stats, _ = script.minibatch_loss(None, batch, script.Args(kl_coef=1.0))
+    expected = (10 + (math.exp(0.5) - 0.5 - 1) + 10) / 3  # the last: exp(-20) + 20 - 1, clamped
+    assert stats["kl"].item() == pytest.approx(expected) and loss.item() == pytest.approx(expected)
+    assert torch.autograd.grad(loss, log_probs)[0].isfinite().all()
+
+
+@SCRIPTS
+@pytest.mark.parametrize("ent_coef", [0.0, 0.01])
+def test_tokens_that_a_model_excludes_leave_loss_and_gradient_finite(script, ent_coef):
+    """A logit of -inf, here of the token that pads: 0 times infinity is NaN."""
+    args = script.Args(num_prompts=2, minibatch_prompts=2, group_size=3, kl_coef=0.1, ent_coef=ent_coef)
+    model, _ = script.make_model(args, torch.device("cpu"))
+    model.lm_head.register_forward_hook(lambda _, __, x: x.index_fill(-1, torch.tensor([0]), -math.inf))
+    ((batch,),) = script.make_minibatches(model, model, new_groups(script, args), args)
+    assert (batch["mask"] == 0).any()
+    loss, stats, ratios = script.minibatch_loss(model, batch, args)
+    loss.backward()
+    assert all(x.isfinite().all() for x in (loss, ratios, *stats.values())) and stats["entropy"] > 0
+    assert all(x.grad.isfinite().all() for x in model.parameters())
 
 
 def test_sapo_gate_is_sech_squared():
@@ -460,24 +493,6 @@ def test_generation_with_a_cache_equals_generation_without(tiny, temperature, to
         assert gbpo.generate(model, PROMPTS, uniforms, stop, temperature, top_p, batch_size) == expected
 
 
-@pytest.mark.parametrize("kind", ["lfm2", "qwen3_5_text"])
-def test_generation_carries_the_states_of_convolutions_and_linear_attention(kind):
-    sizes = dict(vocab_size=20, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    sizes |= dict(num_key_value_heads=2, initializer_range=0.5, pad_token_id=0, eos_token_id=1)
-    if kind == "lfm2":
-        sizes |= dict(layer_types=["conv", "full_attention"])
-    else:
-        sizes |= dict(layer_types=["linear_attention", "full_attention"], head_dim=16, linear_num_value_heads=2)
-        sizes |= dict(linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    prompts, uniforms = [[5, 6, 12, 7], [9, 12]], torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(1))
-    expected = [literal_generation(model, p, x, 1.0, 1.0, [1, 7]) for p, group in zip(prompts, uniforms) for x in group]
-    assert len({len(x) for x in expected}) > 1
-    assert gbpo.generate(model, prompts, uniforms, [1, 7], 1.0, 1.0, 100) == expected
-
-
 @SCRIPTS
 def test_a_model_that_cannot_be_trained_is_bad_input(script, tiny, tmp_path):
     """Without a head, which transformers would draw at random; without a key-value cache."""
@@ -541,7 +556,8 @@ def test_shares_of_the_processes_make_the_whole(monkeypatch):
     + [("007", 7), ("5.", 5), (".5", Fraction(1, 2)), ("-.25", Fraction(-1, 4))]
     + [(x, None) for x in (".", "-.", "..5", "1,.5", "./2")]
     + [(x, None) for x in ("", "x", "1e9", "1_000", "12,34", "--1", "1/0", "\\frac{1}{0}", "0x10", "nan", "inf", "1 2")]
-    + [(x, None) for x in ("٣", "１２", "²", "1/2/3", "1.2.3", "__import__('os')", "9**9**9", "\\frac{1}{2", "½")],
+    + [("１２", 12)]
+    + [(x, None) for x in ("٣", "²", "1/2/3", "1.2.3", "__import__('os')", "9**9**9", "\\frac{1}{2", "½")],
 )
 def test_parse_number(text, number):
     assert gbpo.parse_number(text) == number
@@ -569,7 +585,7 @@ def test_any_text_is_a_number_or_none(text):
 @pytest.mark.parametrize(
     "text, answer",
     [("so \\boxed{42}.", 42), ("\\boxed{1} then \\boxed{2}", 2), ("\\boxed{\\frac{1}{2}}", Fraction(1, 2))]
-    + [("42", None), ("\\boxed{42", None), ("\\boxed{}", None), ("\\boxed{x=4}", None), ("\\boxed{{{4}}", None)],
+    + [("42", None), ("\\boxed{42", None), ("\\boxed{}", None), ("\\boxed{x=4}", 4), ("\\boxed{{{4}}", None)],
 )
 def test_the_last_box_is_the_answer(text, answer):
     assert gbpo.extract_answer(text, "boxed") == answer
@@ -584,7 +600,7 @@ def test_absurd_completions_cost_milliseconds_and_earn_nothing():
     for reward in ("exact", "boxed", "majority"):
         for text in ABSURD:
             start = time.perf_counter()
-            group = {"problem": {"number": Fraction(3)}, "texts": [text]}
+            group = {"problem": {"answer": Fraction(3)}, "texts": [text]}
             rewards = gbpo.true_rewards([group], gbpo.Args(reward=reward))
             assert rewards.item() == 0 and time.perf_counter() - start < 0.05, text[:20]
 
@@ -597,7 +613,7 @@ def test_majority_vote():
 def test_majority_rewards_and_their_accuracy():
     truths = [Fraction(5), Fraction(7), Fraction(1), None]
     texts = [["5", "\\boxed{5}", "4", "x"], ["8", "8", "7", "8"], ["?", "", "1/0", "\\boxed{}"], ["3", "?", "3", "3"]]
-    groups = [{"problem": {"number": truth}, "texts": group} for truth, group in zip(truths, texts)]
+    groups = [{"problem": {"answer": truth}, "texts": group} for truth, group in zip(truths, texts)]
     rewards, stats = gbpo.majority_rewards(groups, gbpo.Args(reward="majority"))
     assert rewards.tolist() == [[1, 1, 0, 0], [1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]]
     assert stats["ttrl/label_accuracy"].tolist() == pytest.approx([1, 0, 0, math.nan], nan_ok=True)
@@ -619,17 +635,189 @@ def test_votes_need_no_answers_but_evaluations_do(script, tiny, tmp_path):
     assert [len(x) for x in script.make_problems(args, tiny[1])] == [1, 1]
 
 
+SUM = {"prompt": "1+1=", "row": {"prompt": "1+1=", "answer": "2"}}
+SUMS = [{"problem": SUM, "texts": ["2", "3"], "completions": [[4, 1], [5, 1]]}]
+
+
+def with_functions(script, monkeypatch, **functions):
+    monkeypatch.setattr(script, "load_function", functions.get)
+
+
 @SCRIPTS
-@pytest.mark.parametrize("rewards", [[1.0, None], [1.0], [1.0] * 3, [0.0, math.nan], [math.inf, 0], None, ["a", 1]])
+@pytest.mark.parametrize("rewards", [[1.0], [1.0] * 3, [0.0, math.nan], [math.inf, 0], None, ["a", 1], 7])
 def test_a_reward_function_must_return_a_finite_number_for_each_completion(script, rewards, monkeypatch):
-    """None, TRL's "not applicable", is refused: left out of a group it would change who is compared with whom."""
-    monkeypatch.setattr(script, "load_function", lambda _: lambda **__: rewards)
-    problem = {"prompt": "1+1=", "row": {"prompt": "1+1=", "answer": "2"}}
-    groups, args = [{"problem": problem, "texts": ["2", "3"]}], script.Args(reward_fn="my:f")
-    with pytest.raises(script.BrokenRun, match="my:f must return 2 finite numbers"):
-        script.true_rewards(groups, args)
-    monkeypatch.setattr(script, "load_function", lambda _: lambda **__: [True, 0.5])
-    assert script.true_rewards(groups, args).tolist() == [[1.0, 0.5]]
+    with_functions(script, monkeypatch, f=lambda **_: rewards, g=lambda **_: [True, 0.5])
+    with pytest.raises(script.BrokenRun, match="f must return 2 finite numbers or None"):
+        script.true_rewards(SUMS, script.Args(reward_fn=("f",)))
+    assert script.true_rewards(SUMS, script.Args(reward_fn=("g",))).tolist() == [[1.0, 0.5]]
+
+
+@SCRIPTS
+def test_rewards_of_several_functions_are_weighted_and_none_does_not_apply(script, monkeypatch):
+    async def waits(completions, **_):
+        return [float(x) for x in completions]
+
+    with_functions(script, monkeypatch, f=lambda **_: [None, 1.0], g=waits)
+    args = script.Args(reward_fn=("f", "g"), reward_weights=(0.5, 2.0))
+    assert script.true_rewards(SUMS, args).tolist() == [[4.0, 6.5]]
+    assert script.true_rewards(SUMS, script.Args(reward_fn=("f", "g"))).tolist() == [[2.0, 4.0]]
+    with pytest.raises(script.BrokenRun, match="a completion has no reward: every --reward-fn returned None"):
+        script.true_rewards(SUMS, script.Args(reward_fn=("f",)))
+    with pytest.raises(pydantic.ValidationError, match="a number for each --reward-fn"):
+        script.Args(reward_fn=("f", "g"), reward_weights=(1.0,))
+
+
+@SCRIPTS
+def test_what_a_reward_function_raises_is_one_message_with_its_name_and_place(script, monkeypatch):
+    def broken(**_):
+        return json.loads("{")
+
+    with_functions(script, monkeypatch, f=broken)
+    with pytest.raises(script.BrokenRun, match=r"^--reward-fn f: JSONDecodeError: .*decoder.py, line \d+\)$"):
+        script.true_rewards(SUMS, script.Args(reward_fn=("f",)))
+
+
+@SCRIPTS
+def test_a_function_that_needs_what_is_not_there_is_refused_before_the_run(script, monkeypatch):
+    functions = {"good": lambda completions, answer, **_: 0, "bad": lambda completions, trainer_state, **_: 0}
+    with_functions(script, monkeypatch, **functions, narrow=lambda completions: 0)
+    script.check_functions([SUM], script.Args(reward_fn=("good",)))
+    for name, words in (
+        ("bad", "bad: missing a required argument: 'trainer_state'"),
+        ("narrow", "narrow: got an unex"),
+    ):
+        with pytest.raises(script.BadInput, match=words):
+            script.check_functions([SUM], script.Args(reward_fn=("good", name)))
+
+
+@SCRIPTS
+def test_completions_of_chats_are_messages_and_columns_and_tokens_come_along(script):
+    chat = {"prompt": [{"role": "user", "content": "1+1"}], "row": {"id": 7, "completion": "no", "prompts": "no"}}
+    group = {"problem": chat, "texts": ["2"], "completions": [[4, 1]]}
+    assert script.reward_keywords([*SUMS, group]) == {
+        "prompts": ["1+1=", "1+1=", chat["prompt"]],
+        "completions": ["2", "3", [{"role": "assistant", "content": "2"}]],
+        "completion_ids": [[4, 1], [5, 1], [4, 1]],
+        "answer": ["2", "2", None],
+        "id": [None, None, 7],
+    }
+
+
+@SCRIPTS
+def test_functions_are_loaded_from_a_path_or_a_module(script, tmp_path, monkeypatch):
+    """A file may be called as a module of the library is."""
+    (tmp_path / "statistics.py").write_text("import json\ndef f(**_):\n    return 17\n")
+    (tmp_path / "bad.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("statistics.py:f", f"{tmp_path}/statistics.py:f"):
+        assert script.load_function(name)() == 17
+    assert script.load_function("math:isfinite") is math.isfinite
+    for name in ("statistics.py:g", "bad.py:f", "none.py:f", "no_such_module:f", "f", "math:"):
+        with pytest.raises(script.BadInput, match="--reward-fn takes module:function or path.py:function, and "):
+            script.load_function(name)
+
+
+# --- before sampling
+
+
+@SCRIPTS
+def test_stop_tokens_are_those_of_tokenizer_generation_config_and_flag(script, tiny):
+    model, tokenizer = tiny
+    old = model.generation_config.eos_token_id
+    try:
+        for more, stop, expected in ((7, (), {1, 7}), ([7, 8], ("=",), {1, 7, 8, 13}), (None, (), {1})):
+            model.generation_config.eos_token_id = more
+            assert script.stop_tokens(model, tokenizer, script.Args(stop=stop)) == expected
+    finally:
+        model.generation_config.eos_token_id = old
+    for text in ("12", "x", ""):
+        with pytest.raises(script.BadInput, match=f"--stop {text} is not one token"):
+            script.stop_tokens(model, tokenizer, script.Args(stop=(text,)))
+
+
+@SCRIPTS
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_text_lacks_the_stop_token_and_has_special_ones_if_asked_for(script, tiny, keep):
+    model, tokenizer = tiny
+    args = script.Args(stop=("=", "+"), keep_special_tokens=keep)
+    uniforms = torch.rand(1, 40, 6, generator=torch.Generator().manual_seed(0))
+    (group,) = script.sample(model, None, tokenizer, args, [{"ids": PROMPTS[0]}], uniforms, 1.0, 1.0)
+    ended = [x for x in group["completions"] if x[-1] in (12, 13)]
+    assert ended and any(0 in x for x in group["completions"])
+    for ids, text in zip(group["completions"], group["texts"]):
+        kept = [x for x in (ids[:-1] if ids[-1] in (1, 12, 13) else ids) if x or keep]
+        assert text == tokenizer.decode(kept)
+        assert not {"+", "=", "<eos>"} & set(re.findall("<eos>|.", text))
+
+
+def sized(kind, **own):
+    """A random model of a kind, with 20 tokens."""
+    sizes = dict(vocab_size=20, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(num_key_value_heads=2, initializer_range=0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **sizes | own)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@SCRIPTS
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+def test_what_does_not_fit_the_models_tables_is_noticed_before_sampling(script, kind, tiny, capsys):
+    """A table of positions ends; rotary positions go on, which gets a warning."""
+    own = dict(max_position_embeddings=8) | (dict(word_embed_proj_dim=32, ffn_dim=32) if kind == "opt" else {})
+    model = sized(kind, **own)
+    problems, args = [{"ids": [3, 4, 5, 6, 7]}], script.Args(max_completion_length=3)
+    script.check_sizes(model, tiny[1], problems, args)
+    with pytest.raises(script.BadInput, match="a prompt has token 20, and the model knows 20"):
+        script.check_sizes(model, tiny[1], [{"ids": [20]}], args)
+    assert not capsys.readouterr().out
+    problems[0]["ids"].append(8)
+    if kind == "llama":
+        script.check_sizes(model, tiny[1], problems, args)
+        assert "warning: prompts and completions of up to 9 tokens: the model has 8" in capsys.readouterr().out
+    else:
+        with pytest.raises(script.BadInput, match="up to 9 tokens: the model has 8 positions; lower --max"):
+            script.check_sizes(model, tiny[1], problems, args)
+
+
+LAYERS = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=4)
+KINDS = {
+    "gpt2": {},
+    "opt": dict(word_embed_proj_dim=32, ffn_dim=32),
+    "gpt_neox": {},
+    "llama": {},
+    "mistral": dict(sliding_window=4),
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen3": dict(head_dim=16),
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=16),
+    "gemma2": dict(head_dim=16, **LAYERS),
+    "gemma3_text": dict(head_dim=16, **LAYERS),
+    "phi3": {},
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "qwen3_5_text": dict(
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=16,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_batch_equals_single_rows_in_every_architecture(kind):
+    """Log-probabilities and entropies; samples with a cache are those without."""
+    model = sized(kind, **KINDS[kind])
+    with torch.no_grad():
+        batch = gbpo.collate(PROMPTS, COMPLETIONS, "cpu")
+        log_probs, entropies = gbpo.token_log_probs(model, batch, 0.7)
+        for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
+            single = gbpo.token_log_probs(model, gbpo.collate([prompt], [completion], "cpu"), 0.7)
+            for found, expected in zip((log_probs, entropies), single):
+                torch.testing.assert_close(found[i, : len(completion)], expected[0], rtol=1e-4, atol=1e-5)
+    uniforms = torch.rand(3, 2, 6, generator=torch.Generator().manual_seed(1))
+    expected = [literal_generation(model, p, x, 1.0, 1.0, [1, 7]) for p, g in zip(PROMPTS, uniforms) for x in g]
+    assert gbpo.generate(model, PROMPTS, uniforms, [1, 7], 1.0, 1.0, 100) == expected
 
 
 # --- problems
@@ -653,7 +841,7 @@ def write_rows(path, rows):
 def test_problems_are_read_from_every_kind_of_file(tiny, tmp_path, suffix):
     rows = gbpo.read_rows(write_rows(tmp_path / f"x{suffix}", ROWS))
     problems = gbpo.usable_problems(rows, "x", gbpo.Args(), tiny[1])
-    assert [x["number"] for x in problems] == [2, 4] and problems[0]["ids"] == [3, 12, 3, 13]
+    assert [x["answer"] for x in problems] == [2, 4] and problems[0]["ids"] == [3, 12, 3, 13]
 
 
 def test_bad_rows_are_named_counted_and_left_out(tiny, tmp_path, capsys):
@@ -663,7 +851,7 @@ def test_bad_rows_are_named_counted_and_left_out(tiny, tmp_path, capsys):
     assert len(gbpo.usable_problems(rows, "x.json", gbpo.Args(), tiny[1])) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert "6 of 8 rows left out" in line and "row 1 has no prompt" in line and "row 3 has no number" in line
-    args = gbpo.Args(reward_fn="a:b")  # answers may be anything then
+    args = gbpo.Args(reward_fn=("a:b",))  # answers may be anything then
     assert len(gbpo.usable_problems(rows, "x.json", args, tiny[1])) == 4
 
 
@@ -683,13 +871,83 @@ def test_a_file_without_a_usable_row_is_bad_input(tiny, tmp_path, text, suffix):
     assert "\n" not in str(error.value)
 
 
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not system %}{{ raise_exception('no system') }}{% endif %}"
+)
+TEMPLATE += "{{ m.content }}={% endfor %}{% if add_generation_prompt %}+{% endif %}"
+CHAT = [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}, {"role": "user", "content": "2+2"}]
+
+
+@pytest.fixture
+def chat():
+    """A tokenizer with a chat template that knows no system message."""
+    _, tokenizer = gbpo.make_model(gbpo.Args(), torch.device("cpu"))
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "row, own",
+    [({"problem": "2+2", "answer": "4"}, {}), ({"question": "2+2", "answer": "He has 2 + 2.\n#### 4"}, {})]
+    + [({"prompt": "2+2", "reward_model": {"ground_truth": "4", "style": "rule"}}, {})]
+    + [({"problem": "2+2", "solution": "so \\boxed{4}, and not \\boxed{}"}, {})]
+    + [({"prompt": "x", "q": {"text": "2+2"}, "a": ["4"]}, dict(prompt_column="q.text", answer_column="a"))],
+)
+def test_columns_are_found_under_their_usual_names_or_as_told(tiny, row, own):
+    (problem,) = gbpo.usable_problems([row], "x", gbpo.Args(**own), tiny[1])
+    assert problem["prompt"] == "2+2" and problem["ids"] == [4, 12, 4] and problem["answer"] == 4
+
+
+def test_a_refusal_names_the_columns_that_it_saw(tiny):
+    with pytest.raises(gbpo.BadInput, match="row 0 has no prompt; its columns: text, label$"):
+        gbpo.usable_problems([{"text": "1+1", "label": 2}], "x", gbpo.Args(), tiny[1])
+
+
+def test_files_may_have_a_byte_order_mark_and_lines_under_any_name(tmp_path):
+    for name in ("a.json", "b.jsonl"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, ROWS)).encode() + b"\r\n")
+        assert gbpo.read_rows(str(tmp_path / name)) == ROWS
+        (tmp_path / name).write_text(json.dumps(ROWS, indent=1))
+        assert gbpo.read_rows(str(tmp_path / name)) == ROWS
+
+
+def test_prompts_may_be_chat_messages(chat):
+    args = gbpo.Args(chat_template=True)
+    assert chat.decode(gbpo.encode(CHAT, args, chat)) == "1+2=3=2+2=+" and gbpo.encode("2+2", args, chat)
+    for prompt, own, words in (
+        (CHAT, {}, "chat messages as its prompt: add --chat-template"),
+        (CHAT, dict(chat_template=True, system_prompt="1"), "a prompt that the chat template refuses: .*no system"),
+        (
+            [{"role": "system", "content": "1"}, *CHAT],
+            dict(chat_template=True, system_prompt="1"),
+            "leave out --system",
+        ),
+        ([{"role": "user", "content": None}], dict(chat_template=True), "no prompt"),
+        (["1+1", "2+2"], {}, "no prompt"),
+        ([{"role": "user", "content": "\ud800"}], dict(chat_template=True), "half a character"),
+    ):
+        with pytest.raises(gbpo.BadInput, match=words):
+            gbpo.usable_problems([{"prompt": prompt, "answer": "4"}], "x", gbpo.Args(**own), chat)
+
+
+def test_a_prompt_has_one_bos_and_at_least_one_token(chat):
+    """Texts that went through a template before begin with BOS, and the tokenizer adds another."""
+    chat.bos_token = "="
+    chat._tokenizer.post_processor = gbpo.tokenizers.processors.TemplateProcessing("= $A", None, [("=", 13)])
+    assert gbpo.encode("1+1", gbpo.Args(), chat) == gbpo.encode("=1+1", gbpo.Args(), chat) == [13, 3, 12, 3]
+    chat._tokenizer.post_processor = gbpo.tokenizers.processors.TemplateProcessing("$A", None, [])
+    chat._tokenizer.normalizer = gbpo.tokenizers.normalizers.Strip()
+    with pytest.raises(gbpo.BadInput, match="row 0 has a prompt of 0 tokens"):
+        gbpo.usable_problems([{"prompt": "  ", "answer": "4"}], "x", gbpo.Args(), chat)
+
+
 def test_addition_holds_problems_out(tiny):
     train, held_out = gbpo.make_problems(gbpo.Args(), tiny[1])
     assert (len(train), len(held_out)) == (7600, 500)
     assert not {x["prompt"] for x in train} & {x["prompt"] for x in held_out}
     for problem in train[:50]:
         a, b = problem["prompt"].rstrip("=").split("+")
-        assert problem["number"] == int(a) + int(b) and tiny[1].decode(problem["ids"]) == problem["prompt"]
+        assert problem["answer"] == int(a) + int(b) and tiny[1].decode(problem["ids"]) == problem["prompt"]
 
 
 @SCRIPTS
@@ -752,7 +1010,7 @@ DIFFERENT = {
 def test_what_the_siblings_share_is_the_same_text():
     ours, theirs = definitions(gbpo), definitions(grpo)
     assert set(ours) - set(theirs) == {"target_ratio", "policy_loss"}
-    assert set(theirs) - set(ours) == {f"{name}_loss" for name in OBJECTIVES}
+    assert set(theirs) - set(ours) == {f"{name}_loss" for name in OBJECTIVES} | {"mean_log_ratio"}
     assert {name for name in ours if name in theirs and ours[name] != theirs[name]} == set(DIFFERENT)
 
 
@@ -789,7 +1047,7 @@ def test_every_option_has_a_help_text(script, capsys):
 BAD_VALUES = dict(group_size=[1], num_prompts=[0, 10], minibatch_prompts=[0, 128], learning_rate=[math.nan, 0.0])
 BAD_VALUES |= dict(ratio_low=[1.0, -0.1], ratio_high=[0.9, math.inf], clip_coef=[1.5], env_id=["Hopper-v4"])
 BAD_VALUES |= dict(system_prompt=["Add."], eval_top_p=[0.0], generator=["vllm"], total_timesteps=[-1], seed=[2**31])
-BAD_VALUES |= dict(dataset=["x.json"], no_such_setting=[1], micro_batch_tokens=[0], warmup_accuracy=[1.0])
+BAD_VALUES |= dict(dataset=["x.json"], model=[""], no_such_setting=[1], micro_batch_tokens=[0], warmup_accuracy=[1.0])
 
 
 @SCRIPTS
@@ -802,7 +1060,7 @@ def test_bad_settings_are_refused(script, name):
 
 @SCRIPTS
 def test_settings_that_exclude_each_other_are_refused(script):
-    for own in (dict(reward="majority", num_votes=4), dict(reward="boxed", reward_fn="a:b")):
+    for own in (dict(reward="majority", num_votes=4), dict(reward="boxed", reward_fn=("a:b",))):
         with pytest.raises(pydantic.ValidationError, match="--num-votes|takes the place of --reward"):
             script.Args(**own)
 

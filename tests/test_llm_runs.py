@@ -371,6 +371,20 @@ def test_resume_takes_no_other_settings(run):
         grpo.read_args(["--resume", str(run)])
 
 
+@SCRIPTS
+def test_a_data_file_that_has_changed_is_noticed(script, run, problems, tmp_path):
+    data = Path(shutil.copy(problems, tmp_path / "data.json"))
+    own = dict(num_prompts=2, minibatch_prompts=2, total_timesteps=8, kl_coef=0.0)
+    run_dir = train(script, tmp_path / "out", model=str(run / "model"), dataset=str(data), **own)
+    before, text = contents(run_dir), data.read_text()
+    data.write_text(text.replace("52+49=", "52+48="))
+    with pytest.raises(script.BadInput, match="the problems have changed"):
+        resume(script, run_dir, "--total-timesteps", 16)
+    assert contents(run_dir) == before
+    data.write_text(text)
+    resume(script, run_dir, "--total-timesteps", 16)
+
+
 def test_a_damaged_run_is_refused_and_stays_as_it_is(run, tmp_path):
     middle = bytearray((run / "checkpoint.pt").read_bytes())
     middle[len(middle) // 2] ^= 1
@@ -437,6 +451,31 @@ def test_full_disk_ends_with_one_line(room, warmed, tmp_path):
     assert code == 1 and len(lines) == 1 and lines[0].startswith("error: "), lines
     kept = [torch.load(x, weights_only=True)["step"] for x in tmp_path.rglob("checkpoint.pt")]
     assert kept == [0] * (room == 500_000)  # where the first one fits, and none with Adam's moments
+
+
+@pytest.mark.parametrize("saver", [transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase])
+def test_a_disk_that_is_full_when_the_model_is_saved_ends_with_one_line(saver, warmed, tmp_path):
+    """safetensors and tokenizers have errors of their own; the checkpoint is there by then."""
+
+    def limit():
+        save = saver.save_pretrained
+
+        def save_limited(*args, **settings):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+            try:
+                return save(*args, **settings)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+        saver.save_pretrained = save_limited
+
+    words = options(**SHORT | {"total_timesteps": 64}, model=warmed, output_dir=tmp_path / "out")
+    code, lines = end_of(fork(gbpo, words, tmp_path, limit), tmp_path)
+    assert code == 1 and len(lines) == 1 and re.match("error: cannot write .*/model: .*go on with: ", lines[0]), lines
+    (run_dir,) = (tmp_path / "out").iterdir()
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["step"] == 64
+    assert resume(gbpo, run_dir) == str(run_dir) and (run_dir / "model").exists()
 
 
 @SCRIPTS
@@ -507,13 +546,61 @@ def test_a_reward_function_is_called_as_trl_calls_it(run, problems, tmp_path, mo
     )
     monkeypatch.chdir(tmp_path)
     settings = dict(model=str(run / "model"), dataset=problems, num_prompts=4, minibatch_prompts=4, total_timesteps=16)
-    run_dir = train(gbpo, tmp_path, **settings, reward_fn="my_rewards:short")
+    run_dir = train(gbpo, tmp_path, **settings, reward_fn=("my_rewards:short",))
+    resumed = ["--resume", str(run_dir), "--total-timesteps", "32"]
+    for words in ([], ["--reward-fn", "my_rewards:other"]):  # code that a file names is not run
+        with pytest.raises(gbpo.BadInput, match="if it is yours, add --reward-fn my_rewards:short"):
+            gbpo.read_args(resumed + words)
+    assert gbpo.read_args([*resumed, "--reward-fn", "my_rewards:short"]).reward_fn == ("my_rewards:short",)
     calls = sys.modules["my_rewards"].calls
     prompts, completions, columns = calls[1]  # the first is the evaluation's
     assert len(prompts) == len(completions) == 16 and {len(x) for x in columns.values()} == {16}
+    assert len(columns.pop("completion_ids")) == 16
     assert set(columns) == {"answer", "source", "id"} and prompts[:4] == [prompts[0]] * 4
     rewards = [1 / (1 + len(x)) for x in completions]
     assert [x["return"] for x in read(run_dir / "episodes.csv")] == pytest.approx(rewards)
+
+
+@SCRIPTS
+def test_chats_in_verls_parquet_with_a_function_written_for_trl(script, run, tmp_path, monkeypatch, capsys):
+    """Messages as prompts, the truth within reward_model, and TRL's own example of a reward, weighted with another."""
+    import datasets
+
+    rows = [{"role": "user", "content": f"{a}+{a}="} for a in (11, 22)]
+    rows = [{"prompt": [x], "reward_model": {"style": "rule", "ground_truth": "22"}, "data_source": "s"} for x in rows]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "x.parquet")
+    shutil.copytree(run / "model", tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "trl_rewards.py").write_text(
+        "def reward_len(completions, **kwargs):\n"
+        "    return [float(len(completion[0]['content'])) for completion in completions]\n"
+        "async def reward_ids(completion_ids, reward_model, **kwargs):\n"
+        "    assert all(x['ground_truth'] == '22' for x in reward_model)\n"
+        "    return [float(len(ids)) for ids in completion_ids]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    names = ("trl_rewards.py:reward_len", "trl_rewards.py:reward_ids")
+    own = dict(num_prompts=2, minibatch_prompts=2, total_timesteps=16, chat_template=True, kl_coef=0.0)
+    own |= dict(model="model", dataset="x.parquet")
+    run_dir = train(script, tmp_path / "out", **own, reward_fn=names, reward_weights=(1.0, 100.0))
+    for row in read(run_dir / "episodes.csv"):
+        ids, characters = divmod(row["return"], 100)
+        assert ids == row["length"] and characters in (ids, ids - 1)  # without the end-of-sequence token
+    assert "step 0, training problems: reward " in capsys.readouterr().out
+    pytest.importorskip("math_verify")
+    assert train(script, tmp_path / "boxed", **own, reward="boxed").exists()
+
+
+def test_rows_as_those_of_gsm8k_are_trained_on(run, tmp_path):
+    rows = [{"question": f"{a}+{a}=", "answer": f"It is <<{a}+{a}={2 * a}>>.\n#### {2 * a}"} for a in (11, 22)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = dict(num_prompts=4, minibatch_prompts=4, total_timesteps=16, kl_coef=0.0)
+    run_dir = train(gbpo, tmp_path, model=str(run / "model"), dataset=str(tmp_path / "train.jsonl"), **own)
+    samples = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    assert all(x["reward"] == (x["completion"] == x["answer"].split()[-1]) for x in samples)
 
 
 def test_a_reward_that_is_not_finite_stops_the_run(run, problems, tmp_path, monkeypatch):
@@ -525,7 +612,7 @@ def test_a_reward_that_is_not_finite_stops_the_run(run, problems, tmp_path, monk
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(gbpo.BrokenRun, match="broken_rewards:f must return 64 finite numbers"):
-        train(gbpo, tmp_path, model=str(run / "model"), dataset=problems, reward_fn="broken_rewards:f")
+        train(gbpo, tmp_path, model=str(run / "model"), dataset=problems, reward_fn=("broken_rewards:f",))
     (run_dir,) = (x for x in tmp_path.iterdir() if x.name.startswith("TEST"))
     assert (run_dir / "checkpoint.pt").exists() and not (run_dir / "model").exists()
 
