@@ -5,9 +5,9 @@
     python benchmark/speed.py --pair continuous --programs bpo_continuous_action "bpo_continuous_action --no-compile"
     python benchmark/speed.py --pair mjlab --device cuda --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096
 
-All programs of a pair run round by round, pinned to the same cores. A figure is steps (llm: completion tokens) per second
-of wall time after the warm-up: acting, simulation, learning and logging. A ratio is to the peer in the same round.
-Imports, compilation and the end are given apart.
+All programs of a pair run round by round, pinned to the same cores. A figure is steps (llm: completion tokens) per
+second of wall time after the warm-up: acting, simulation, learning and logging. A ratio is to the peer in the same
+round. Imports, compilation and the end are given apart.
 
 pair        peer, with the same task, networks and settings
 continuous  Stable-Baselines3's PPO (MlpPolicy, make_vec_env): 4 environments, 512 steps, 10 epochs
