@@ -511,6 +511,37 @@ def check_limit(mdp, old_policy, args, rng):
     yield compare("Sec 4.6, CEM", claim, found, elite, equal=True, floor=1)
 
 
+def closest_policy(target, advantage):
+    """Ratios [G] nearest to the targets by Eq. 12, of all that average to 1 over G equally likely completions."""
+    size, eye = len(target), np.eye(len(target))
+    cost = np.append(np.zeros(size), np.abs(advantage))  # of |target - ratio|, the last G variables
+    above, below = np.hstack([eye, -eye]), np.hstack([-eye, -eye])
+    mean = np.append(np.full(size, 1 / size), np.zeros(size))[None]
+    return linprog(cost, np.vstack([above, below]), np.append(target, -target), mean, [1]).x[:size]
+
+
+def check_groups(epsilon, rng, size=8):
+    """Rows for GBPO's targets (section 4.5) on groups of `size` completions: the plain median's, and Theorem 4.1's."""
+    zero_one = np.tri(size - 1, size)  # 1 to G - 1 right completions
+    graded = np.array([rng.choice(rng.random(3), size) for _ in range(1000)])
+    for name, rewards in ("0/1 rewards", zero_one), ("graded rewards", graded[np.ptp(graded, -1) > 0]):
+        p, advantage = np.full_like(rewards, 1 / size), rewards - rewards.mean(-1, keepdims=True)
+        exact = limit_policy(rewards, p, 1 - epsilon, 1 + epsilon) / p
+        plain = 1 + epsilon * np.sign(rewards - np.median(rewards, -1, keepdims=True))
+        nearest = np.array([closest_policy(*x) for x in zip(plain, advantage)])
+        gain, best = expect(p, nearest * advantage), expect(p, exact * advantage)
+        distance = expect(p, np.abs(plain - nearest) * np.abs(advantage))
+        promise = (expect(p, (plain - 1) * advantage) - distance) / best  # Corollary 4.4; with exact targets it is 1
+        if name == "0/1 rewards":
+            share = rewards.mean(-1)
+            least = epsilon * np.minimum(share, 1 - share)
+            yield compare("GBPO, exact", f"{name}: gain = eps min(p, 1 - p)", best, least, equal=True)
+        yield compare("GBPO, median", f"{name}: its targets average to 1", expect(p, plain), 1, equal=True)
+        yield compare("GBPO, median", f"{name}: nearest policy gains as much", gain, best, equal=True, floor=0.1)
+        measured = f"{promise.min():.3g} to {promise.max():.3g}, median {np.median(promise):.3g}, of the exact target's"
+        yield Row("GBPO, median", f"{name}: promised by Cor 4.4", measured, "measured")
+
+
 def check_guarantees(mdp, old_policy, args):
     """Rows for Theorem 4.2, Corollary A.3, and the bounds of TRPO and CPI beside them."""
     old, summary = evaluate(mdp, old_policy), []
@@ -839,7 +870,8 @@ def compute(args):
     mdp = random_mdps(rng, args.num_mdps, args.num_states, args.num_actions, args.gamma)
     old_policy = rng.dirichlet(np.ones(args.num_actions), (args.num_mdps, args.num_states))
     rows = [*check_optimum(mdp, old_policy, args, rng), *check_limit(mdp, old_policy, args, rng)]
-    rows += [*check_guarantees(mdp, old_policy, args), *check_iteration(mdp, old_policy, args)]
+    rows += [*check_groups(args.epsilon, np.random.default_rng(args.seed)), *check_guarantees(mdp, old_policy, args)]
+    rows += check_iteration(mdp, old_policy, args)
     rows += [*check_parameterised(mdp, args, rng), *check_ppo(args.epsilon), *check_toys(args)]
     return rows, mdp, old_policy
 

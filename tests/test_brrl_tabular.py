@@ -57,6 +57,9 @@ FALSE = {
     ("Eq. 9, printed", "H(rho) < 0 for every epsilon"),
     ("Eq. 18, printed", "H' takes its maximum at rho = 1"),
     ("Remark 4.3, printed", "uniform pi0 and smooth Q satisfy (10)"),
+    ("GBPO, median", "0/1 rewards: its targets average to 1"),
+    ("GBPO, median", "graded rewards: its targets average to 1"),
+    ("GBPO, median", "graded rewards: nearest policy gains as much"),
     ("Thm 4.2, d_pi0", "the same over the states of pi0"),
     ("Cor A.3, d_pi0", "the same over the states of pi0"),
     ("CEM, iterated", "c_l = 0, lambda = 0: return -> value iteration's"),
@@ -276,6 +279,14 @@ def test_limit_policy_is_the_linear_program(seed, low, high, num_actions):
     found = linprog(-q, A_eq=np.ones((1, num_actions)), b_eq=[1], bounds=bounds)
     np.testing.assert_allclose([policy.sum(), policy @ q], [1, -found.fun], rtol=1e-9, atol=1e-9)
     assert np.all(policy >= bounds[:, 0] - 1e-12) and np.all(policy <= bounds[:, 1] + 1e-12)
+
+
+def test_closest_policy_pays_with_the_least_advantage():
+    target, advantage = np.array([1.2, 1.0, 0.8, 0.8]), np.array([0.5, 0.1, -0.3, -0.3])  # the targets lack 0.2
+    np.testing.assert_allclose(brrl_tabular.closest_policy(target, advantage), [1.2, 1.2, 0.8, 0.8])
+    target = np.array([1.2, 1.2, 1.0, 1.0, 1.0])  # two of five are right: 0.4 too much, borne by the others
+    ratio = brrl_tabular.closest_policy(target, np.array([0.6, 0.6, -0.4, -0.4, -0.4]))
+    np.testing.assert_allclose([*ratio[:2], ratio[2:].sum()], [1.2, 1.2, 2.6])
 
 
 @pytest.mark.parametrize(
