@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -64,6 +65,8 @@ class Options:
     """film an episode: in Gymnasium's version of the task, of Atari games and legged robots in their simulator"""
     max_steps: PositiveInt = 10_000
     """episodes are cut after so many steps"""
+    command: tuple[float, float, float] | None = None
+    """of a legged robot's film: velocity forwards and to the left (m/s) and of turning left (rad/s), kept throughout"""
     export: bool = False
     """of a legged robot: write its policy to RUN_DIR/policy.pt2 (torch.export), which needs no file of ours"""
 
@@ -122,12 +125,34 @@ def check(run_dir, options):
     envs.close()
     if options.export and run.script not in ROBOTS:
         raise BadInput(f"--export is for legged robots, and {run_dir} is none: load_agent() serves it from Python")
+    run.steer = functools.partial(steer, find_command(run), options.command) if options.command else lambda obs: obs
     if options.video:
         camera, _ = open_camera(run, 0)
         if run.script in CONTROL:  # Gymnasium's version of the task
             make_agent(run, camera, camera.observation_space, camera.action_space)
         camera.close()  # two at a time leave one of them black
     return run
+
+
+def find_command(run):
+    """The first of the three observations that hold the commanded velocity; BadInput if the simulator tells none."""
+    envs, *_ = run.script.make_envs(run.args, 8, 0)
+    try:
+        obs, info = envs.envs.reset()  # EnvPool's own, which has both
+        state, command = obs["state"], info["command"]
+        (first,) = (i for i in range(state.shape[1] - 2) if np.allclose(state[:, i : i + 3], command))
+    except (AttributeError, TypeError, KeyError, IndexError, ValueError):
+        raise BadInput(f"--command: {run.args.env_id} shows no command of velocity that could be replaced") from None
+    finally:
+        envs.close()
+    return first
+
+
+def steer(first, command, obs):
+    """The observation [N, O] of a robot that is told to go elsewhere."""
+    obs = obs.clone()
+    obs[:, first : first + 3] = torch.tensor(command)
+    return obs
 
 
 def open_camera(run, seed):
@@ -175,19 +200,24 @@ class LiveLine:
 
 
 def take_step(run, env, action):
-    """Gymnasium's step, without the info: obs, rewards and whether the episode is over."""
+    """Gymnasium's step: obs, rewards, whether the episode is over, and a robot's terms of the reward, name -> mean."""
     obs, rewards, terminated, truncated, info = env.step(torch.as_tensor(action) if run.script in ROBOTS else action)
     if run.script in ATARI:  # a game goes on after a lost life, and has its own reward
         rewards, terminated = info["reward"], info["terminated"].astype(bool)
-    return obs, np.asarray(rewards), np.asarray(terminated | truncated)
+    return obs, np.asarray(rewards), np.asarray(terminated | truncated), info.get("logs", {})
 
 
-def evaluate(run, policy, envs, max_steps):
-    """Plays one episode in each environment, or max_steps of it: the returns [N] and how many were cut."""
+def evaluate(run, policy, envs, max_steps, terms):
+    """Plays one episode in each environment, or max_steps of it: the returns [N] and how many were cut.
+
+    Adds each step's rewards for following the command, and their number of steps, to terms: a robot that only stands
+    may have a high return.
+    """
     obs, _ = envs.reset()
     returns, running, step, show = np.zeros(len(obs)), np.ones(len(obs), bool), 0, LiveLine()
     while running.any() and step < max_steps:
-        obs, rewards, over = take_step(run, envs, policy(obs))
+        obs, rewards, over, logs = take_step(run, envs, policy(obs))
+        terms.update({name: float(x) for name, x in logs.items() if "track" in name} | {"steps": 1})
         returns[running] += rewards[running]
         running &= ~over
         step += 1
@@ -207,7 +237,7 @@ def film(run, policy, seed, max_steps):
         while not over and step < max_steps:
             if step % every == 0:
                 video.append_data(picture(env))
-            obs, reward, over = take_step(run, env, policy(obs))
+            obs, reward, over, _ = take_step(run, env, policy(run.steer(obs)))
             total, step = total + reward.item(), step + 1
             show(f"filming, step {step}")
     env.close()
@@ -240,17 +270,19 @@ def play(run, options):
     seed = run.args.seed if options.seed is None else options.seed
     torch.manual_seed(seed)
     policy = functools.partial(act, run.agent, stochastic=options.stochastic)
-    returns, cut = np.zeros(0), 0
+    returns, cut, terms = np.zeros(0), 0, Counter()
     while len(returns) < options.episodes:
         size = options.episodes - len(returns)
         if run.script in ROBOTS:  # which need much memory: as many as have fitted in training
             size = min(size, run.args.num_envs)
         key = [seed, 2**64 + len(returns)]  # training has [seed, step], step < 2**64
         envs, *_ = run.script.make_envs(run.args, size, key)
-        more, cut_too = evaluate(run, policy, envs, options.max_steps)
+        more, cut_too = evaluate(run, policy, envs, options.max_steps, terms)
         returns, cut = np.append(returns, more), cut + cut_too
         envs.close()
     result = f"return {returns.mean():.5g} +- {returns.std():.5g} over {len(returns)} episodes"
+    steps = terms.pop("steps")
+    result += "".join(f", {name.removeprefix('rewards/')} {x / steps:.3g}" for name, x in terms.items())
     source = f"{run.file} of step {run.step}" if run.step != "" else run.file
     how = "stochastic" if options.stochastic else "deterministic"
     cuts = f", {cut} episodes cut after {options.max_steps} steps" if cut else ""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ import torch
 
 import bpo_atari_envpool as bpo_atari
 import bpo_continuous_action as bpo
+import bpo_locomotion
 import enjoy
 import ppo_atari_envpool as ppo_atari
 import ppo_continuous_action as ppo
@@ -196,7 +198,7 @@ def test_only_the_first_episode_of_each_environment_counts(run):
     folder = run("OneOrNine-v0")
     args, _ = bpo.load_run(folder, "agent.pt")
     envs, *_ = bpo.make_envs(args, 40, 7)
-    returns, cut = enjoy.evaluate(enjoy.load(folder), enjoy.load_agent(folder), envs, 100)
+    returns, cut = enjoy.evaluate(enjoy.load(folder), enjoy.load_agent(folder), envs, 100, Counter())
     assert set(returns) == {1, 9} and cut == 0
     play(folder, "--episodes", 40)
     (row,) = rows(folder)
@@ -333,6 +335,22 @@ def test_what_only_envpool_has_cannot_be_filmed():
         enjoy.open_camera(SimpleNamespace(script=bpo, args=bpo.Args(env_id="HopperHop-v1")), 0)
 
 
+@pytest.mark.parametrize("env_id, first", [("Go1JoystickRoughTerrain-v1", 45), ("G1JoystickRoughTerrain-v1", 9)])
+def test_a_robot_is_told_where_to_go(env_id, first):
+    run = SimpleNamespace(script=bpo_locomotion, args=bpo_locomotion.Args(env_id=env_id))
+    assert enjoy.find_command(run) == first
+    obs = torch.arange(2 * 48.0).view(2, 48)
+    steered = enjoy.steer(first, (0.75, 0.0, -0.5), obs)
+    assert steered[:, first : first + 3].tolist() == [[0.75, 0.0, -0.5]] * 2
+    assert (steered != obs).sum() == 6
+
+
+@pytest.mark.parametrize("env_id", ["H1JoystickGaitTracking-v1", "Pendulum-v1"])
+def test_a_robot_without_a_command_cannot_be_told(env_id):
+    with pytest.raises(ValueError, match=f"--command: {env_id} shows no command"):
+        enjoy.find_command(SimpleNamespace(script=bpo_locomotion, args=bpo_locomotion.Args(env_id=env_id)))
+
+
 # --- refusals
 
 
@@ -413,7 +431,8 @@ def test_a_game_goes_on_after_a_lost_life_and_counts_its_own_reward(script, tmp_
     run = enjoy.check(script.train(dataclasses.replace(args, output_dir=str(tmp_path))), enjoy.Options(("",)))
     torch.manual_seed(0)
     envs, *_ = script.make_envs(args, 2, 5)
-    returns, cut = enjoy.evaluate(run, functools.partial(enjoy.act, run.agent, stochastic=True), envs, 10_000)
+    policy = functools.partial(enjoy.act, run.agent, stochastic=True)
+    returns, cut = enjoy.evaluate(run, policy, envs, 10_000, Counter())
     torch.manual_seed(0)
     envs, *_ = script.make_envs(args, 2, 5)
     (obs, _), scores, lives, over = envs.reset(), np.zeros(2), np.zeros(2), np.zeros(2, bool)
