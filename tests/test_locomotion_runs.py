@@ -165,7 +165,7 @@ def test_linear_schedule_falls_to_zero_with_the_steps(script, tmp_path, monkeypa
 
 
 @SCRIPTS
-def test_logs_of_steps_are_kept_and_those_of_episodes_are_nan_where_none_ends(script, tmp_path, monkeypatch):
+def test_logs_of_steps_are_kept_and_those_of_episodes_are_nan_where_none_ends(script, tmp_path, monkeypatch, capsys):
     """As in mjlab, whose rewards log something in every step, and whose episodes when they end."""
     use(script, monkeypatch, lambda e, k, action: (0.0, 1.0, "terminated" if k == 29 else ""))
     make_envs, count = script.make_envs, itertools.count()
@@ -190,10 +190,13 @@ def test_logs_of_steps_are_kept_and_those_of_episodes_are_nan_where_none_ends(sc
         envs.reset = first
         return envs, *spaces
 
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
     monkeypatch.setattr(script, "make_envs", make)
     rows = read(train(script, tmp_path, **SMALL, total_timesteps=4 * 12 * 5) / "metrics.csv")  # ends in 3 and 5
     np.testing.assert_array_equal(column(rows, "rewards/pay"), [NAN, NAN, 7, NAN, 7])
     assert column(rows, "Metrics/slip").tolist() == [5.5, 17.5, 29.5, 41.5, 53.5] and "Metrics/new" not in rows[0]
+    live = capsys.readouterr().out.split("\r")[-2]
+    assert live.startswith("step 240, ") and "pay" not in live and len(live) < 80  # it must not wrap
 
 
 @pytest.mark.slow
