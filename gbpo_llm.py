@@ -26,6 +26,7 @@ import functools
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -595,26 +596,27 @@ def make_problems(args, tokenizer):
 
 
 # A completion is untrusted text: it is matched by bounded expressions, or given a second of math-verify; never run.
-WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {0x2212: "-", 0xA0: " ", 0x2009: " ", 0x202F: " ", 0x3000: " "}
+WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {ord("−"): "-"}  # full-width characters
+TEXT = r"\\(?:text|math|mbox)(?:rm|bf|it)? ?"
+NO_UNIT = r"(?:[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fifth|tenth|(?:[a-ikx-z]|pi|or|and)\b)"
+BARE_UNIT = "[cmk]m|kg|degrees?|dollars?|cents?|units?|inches|feet|miles?|hours?|minutes?|days?|years?"
+UNIT = rf"{TEXT}\{{ ?(?!(?:.*[ ./])?{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
 PLAIN = [
     (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
-    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~", " "),
     (r"\{,\}", ","),
-    (r"\\?[$€£¥]|\\[()\[\]]", " "),
     (r"\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", r" \1\2/\3\4 "),
-    (r"\s+", " "),
+    (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),
+    (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # the variable that it is the value of
+    (rf"(?<=[\w}}) ])(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$", ""),
+    (TEXT + r"\{([^{}]*)\}", r" \1 "),
 ]
-VARIABLE = re.compile(r"^\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?")
-NO_UNIT = r"hundred|thousand|[mbtr]+illion|dozen|hal[fv]|third|quarter|fourth|fifth|tenth|(?:pi|or|and|not|mod|base)\b"
-WORDS = rf" ?(?:[mgshlLCFKVWJN](?:/[a-z]{{1,4}})?|(?!(?:.*\W)?(?:{NO_UNIT}))[a-zA-Z]{{2}}[a-zA-Z ./]*) ?"
-BARE = "[mck]m|[mk]g|ms|mL|degrees?|dollars?|cents?|units?|inches|f(?:ee)?t|miles?|hours?|minutes?|days?|years?"
-UNIT = rf"\\(?:text(?:rm)?|mathrm|mbox) ?\{{{WORDS}\}}|(?<=[0-9] )(?:{BARE})|\\?%|°|\^ ?\{{? ?\\circ ?\}}?"
-UNITS = re.compile(rf"(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$")
-WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox) ?\{([^{}]*)\}")
-WHOLE = r"[0-9]{1,40}|[0-9]{1,3}(?P<comma>[, ])[0-9]{3}(?:(?P=comma)[0-9]{3}){0,11}|(?=\.[0-9])"
 NUMBER = re.compile(
-    rf"([+-]?) ?(?:([0-9]{{1,40}}) (?=[0-9]+/))?({WHOLE})(?:\.([0-9]{{0,40}}))?(?: ?/ ?([0-9]{{1,40}}))?"
+    r"([+-]?) ?(?:([0-9]{1,40}) (?=[0-9]+/))?"  # of a mixed number the integer
+    r"([0-9]{1,40}|[0-9]{1,3}(?:(?:,[0-9]{3}){1,12}|(?: [0-9]{3}){1,12})|(?=\.[0-9]))"
+    r"(\.[0-9]{0,40})?(?: ?/ ?([0-9]{1,40}))?"
 )
+BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # three more within these
+BOX = re.compile(rf"\s{{0,3}}(?:{BRACES}|([0-9.,/+-]{{0,40}}[0-9]))")
 
 
 @functools.lru_cache(10_000)
@@ -623,23 +625,16 @@ def plain(text):
     text = text.translate(WIDE)
     for pattern, new in PLAIN:
         text = re.sub(pattern, new, text)
-    text = text.strip(" *")
-    return WRAPPER.sub(r" \1 ", UNITS.sub("", VARIABLE.sub("", text)) or text).strip()
+    return text.strip()
 
 
 def parse_number(text):
     """The number that the text is, or None: -1,000, 0.5, 3/4, \\frac34, 1\\,000, x=5, 5\\text{ cm}, 50\\%, \\$5."""
-    if len(text) > 200:
+    match = NUMBER.fullmatch(plain(text)) if len(text) <= 200 else None
+    if not match or int(match[5] or 1) == 0:
         return None
-    match = NUMBER.fullmatch(plain(text))
-    if not match:
-        return None
-    sign, mixed, top, _, decimals, bottom = (part or "" for part in match.groups())
-    bottom = int(bottom or 1) * 10 ** len(decimals)
-    if not bottom:
-        return None
-    top = int(mixed or 0) * bottom + int(re.sub("[, ]", "", top) + decimals)
-    return Fraction(-top if sign == "-" else top, bottom)
+    whole = Fraction(re.sub("[, ]", "", match[3]) + (match[4] or "")) / int(match[5] or 1) + int(match[2] or 0)
+    return -whole if match[1] == "-" else whole
 
 
 def answer_key(text):
@@ -656,24 +651,12 @@ def last_box(text):
 
     A minus directly before the box belongs to the answer.
     """
-    start = len(text)
-    for _ in range(8):
-        start = max(text.rfind("\\boxed", 0, start), text.rfind("\\fbox", 0, start))
-        if start < 0:
-            return None
-        match = re.match(r"\\(?:boxed|fbox)\s{0,3}(?:\{|([0-9.,/+-]{0,40}[0-9]))", text[start : start + 60])
-        if not match:
-            continue
-        sign = "-" if re.search(r"(?:^|[^\w)}\]-])[-−]\Z", text[max(0, start - 2) : start]) else ""
-        if match[1]:  # \boxed 5
-            return sign + match[1]
-        depth, inside = 1, text[start + match.end() :][:201]
-        for i, character in enumerate(inside):
-            depth += (character == "{") - (character == "}")
-            if depth == 0 and inside[:i].strip():
-                return sign + inside[:i]
-            if depth == 0:
-                break
+    parts = text.replace("\\fbox", "\\boxed").rsplit("\\boxed", 8)
+    for before, after in reversed([*itertools.pairwise(parts)]):
+        match = BOX.match(after[:204])
+        content = match and (match[1] or match[2])
+        if content and content.strip():
+            return "-" * bool(re.search(r"(?:^|[^\w)}\]-])[-−]$", before[-2:])) + content
     return None
 
 
@@ -688,12 +671,13 @@ def extract_answer(text, reward):
 @functools.lru_cache(100_000)
 def same_answer(answer, truth):
     """Whether two keys are the same answer: two numbers exactly; else math-verify has a second for each step."""
-    numbers = isinstance(answer, Fraction) + isinstance(truth, Fraction)
-    if answer is None or truth is None or answer == truth or numbers == 2:
+    texts = [x for x in (answer, truth) if isinstance(x, str)]
+    if answer is None or truth is None or answer == truth or not texts:
         return answer is not None and answer == truth
-    other = answer if isinstance(answer, str) else truth
-    if numbers and (re.search("[a-zA-Z_=]", re.sub(r"\\[a-zA-Z]+", "", other)) or not re.search(r"[\\^(*+]", other)):
-        return False  # a variable, or what parse_number would have read
+    if len(texts) == 1 and not re.search(r"[\\^(*+]", texts[0]):  # parse_number would have read it
+        return False
+    if len(texts) == 1 and re.search("[a-zA-Z_=]", re.sub(r"\\[a-zA-Z]+", "", texts[0])):  # a variable is no number
+        return False
     import math_verify
     from math_verify.errors import TimeoutException
 
