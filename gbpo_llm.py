@@ -23,7 +23,7 @@ import asyncio
 import copy
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import inspect
 import io
 import itertools
@@ -32,6 +32,7 @@ import logging
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -446,19 +447,16 @@ def check_sizes(model, tokenizer, problems, args):
         raise BadInput(f"a prompt has token {largest}, and the model knows {len(embedding.weight)}: another tokenizer?")
     longest = max(len(problem["ids"]) for problem in problems) + args.max_completion_length
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-    message = f"prompts and completions of up to {longest} tokens: the model has {limit} positions"
-    others = [x.num_embeddings for x in model.modules() if isinstance(x, nn.Embedding) and x is not embedding]
-    if longest > limit and any(limit <= size <= limit + 2 for size in others):  # a table of positions, as GPT-2's
-        raise BadInput(f"{message}; lower --max-prompt-length or --max-completion-length")
     if longest > limit:
-        say(f"warning: {message} that it was trained with")
+        message = f"prompts and completions of up to {longest} tokens, and the model knows {limit} positions"
+        raise BadInput(f"{message}: lower --max-prompt-length or --max-completion-length")
 
 
 def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_p):
     """A group of G completions for each of P problems: dicts of lists and tensors [G]."""
     stop_ids = stop_tokens(model, tokenizer, args)
     prompts, (_, copies, limit) = [problem["ids"] for problem in problems], uniforms.shape
-    options, groups = (sorted(stop_ids), temperature, top_p), []
+    options = (sorted(stop_ids), temperature, top_p)
     with whole_weights(model):
         if engine:
             completions, log_probs = generate_vllm(engine, model, prompts, copies, limit, *options)
@@ -466,14 +464,12 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
             completions = generate(model, prompts, uniforms, *options, args.generation_batch_size)
             log_probs = [None] * len(completions)
     bare = [x[:-1] if x[-1] in stop_ids else x for x in completions]  # a stop token need not be a special one
-    texts = tokenizer.batch_decode(bare, skip_special_tokens=not args.keep_special_tokens)
-    lengths = torch.tensor([len(x) for x in completions]).view(-1, copies).double()
-    truncated = torch.tensor([x[-1] not in stop_ids for x in completions]).view(-1, copies).double()
-    for i, problem in enumerate(problems):
-        rows = slice(i * copies, (i + 1) * copies)
-        group = dict(problem=problem, completions=completions[rows], log_probs=log_probs[rows], texts=texts[rows])
-        groups.append(group | dict(lengths=lengths[i], truncated=truncated[i]))
-    return groups
+    columns = {"completions": completions, "log_probs": log_probs}
+    columns["texts"] = tokenizer.batch_decode(bare, skip_special_tokens=not args.keep_special_tokens)
+    columns["lengths"] = torch.tensor([len(x) for x in completions]).double()
+    columns["truncated"] = torch.tensor([x[-1] not in stop_ids for x in completions]).double()
+    rows = [slice(i * copies, (i + 1) * copies) for i in range(len(problems))]
+    return [{"problem": x} | {name: y[own] for name, y in columns.items()} for x, own in zip(problems, rows)]
 
 
 # --- problems and rewards
@@ -481,20 +477,23 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
 
 def read_rows(source):
     """Rows of a JSON, JSONL or Parquet file, or of a dataset on the Hub. BadInput if they cannot be read."""
-    path = Path(source)
     try:
-        if path.suffix in (".json", ".jsonl"):
-            text = path.read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                return json.loads(text)
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        import datasets
+        if source.endswith((".json", ".jsonl")):  # which the package reads only if a column has one type
+            text = Path(source).read_text(encoding="utf-8-sig").strip()
+            whole = text.startswith("[")
+            rows = json.loads(text) if whole else [json.loads(x) for x in text.split("\n") if x.strip()]
+        else:
+            import datasets
 
-        datasets.disable_progress_bars()
-        if path.suffix == ".parquet":
-            return datasets.Dataset.from_parquet(source).to_list()
-        name, *parts = source.split(":")
-        return datasets.load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train").to_list()
+            datasets.disable_progress_bars()
+            name, *parts = source.split(":")
+            if source.endswith(".parquet"):
+                rows = datasets.Dataset.from_parquet(source)
+            else:
+                rows = datasets.load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train")
+        if not rows:
+            raise ValueError("no usable row")
+        return list(rows)
     except (OSError, ValueError, RecursionError) as error:  # the package's own errors, too
         raise BadInput(f"cannot read {source}: {one_line(error)[:200]}") from None
 
@@ -523,7 +522,7 @@ def usable_problems(rows, source, args, tokenizer, answers=True):
     answers: whether a row needs one.
     """
     problems, bad = [], []
-    for i, row in enumerate(rows if isinstance(rows, list) else []):
+    for i, row in enumerate(rows):
         row = row if isinstance(row, dict) else {}
         prompt = column(row, args.prompt_column, ("prompt", "problem", "question"))
         usual = ("answer", "reward_model.ground_truth", "ground_truth", "solution")
@@ -537,35 +536,31 @@ def usable_problems(rows, source, args, tokenizer, answers=True):
             problems.append({"row": row, "prompt": prompt, "ids": ids, "answer": answer})
         except ValueError as error:
             bad.append(f"row {i} has {error}")
-            columns = f"; its columns: {', '.join(map(str, row)) or 'none'}"
     if not problems:
-        raise BadInput(f"{source} has no usable row: {'; '.join(bad[:3]) + columns if bad else 'it must be a list'}")
+        raise BadInput(f"{source} has no usable row: {bad[0]}; the last one's columns: {', '.join(map(str, row))}")
     if bad:
-        say(f"{source}: {len(bad)} of {len(rows)} rows left out ({'; '.join(bad[:5])}{'; ...' * (len(bad) > 5)})")
+        say(f"{source}: {len(bad)} of {len(rows)} rows left out: {'; '.join(bad[:5])}")
     return problems
 
 
 def encode(prompt, args, tokenizer):
-    """Tokens of a prompt, a text or a list of chat messages. ValueError if it is neither or its template refuses it."""
-    messages = isinstance(prompt, list) and all(isinstance(x, dict) and type(x.get("content")) is str for x in prompt)
-    if not prompt or not (messages or isinstance(prompt, str)):
+    """Tokens of a prompt, a text or a list of chat messages. ValueError if it is neither, or is refused."""
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if not prompt or not all(isinstance(x, dict) and type(x.get("content")) is str for x in messages):
         raise ValueError("no prompt")
-    if re.search("[\ud800-\udfff]", json.dumps(prompt, ensure_ascii=False, default=str)):
-        raise ValueError("half a character in its prompt")
-    if messages and not args.chat_template:
+    if messages is prompt and not args.chat_template:
         raise ValueError("chat messages as its prompt: add --chat-template")
-    if not args.chat_template:
-        ids = tokenizer(prompt)["input_ids"]
-        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids  # the text had one, too
-    prompt = prompt if messages else [{"role": "user", "content": prompt}]
+    if args.system_prompt and messages[0].get("role") == "system":
+        raise ValueError("a system message of its own: leave out --system-prompt")
     if args.system_prompt:
-        if prompt[0].get("role") == "system":
-            raise ValueError("a system message of its own: leave out --system-prompt")
-        prompt = [{"role": "system", "content": args.system_prompt}, *prompt]
+        messages = [{"role": "system", "content": args.system_prompt}, *messages]
     try:
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except Exception as error:  # of the template's language
-        raise ValueError(f"a prompt that the chat template refuses: {one_line(error)}") from None
+        if args.chat_template:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
+    except Exception as error:  # of the template's language, or of half a character
+        raise ValueError(f"a prompt that tokenizer or template refuses: {one_line(error)}") from None
+    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids  # the text had one, too
 
 
 def addition_rows():
@@ -577,8 +572,6 @@ def addition_rows():
 
 def make_problems(args, tokenizer):
     """Problems to train on and held-out ones: two lists."""
-    if args.reward != "exact" and not importlib.util.find_spec("math_verify"):
-        raise BadInput(f"--reward {args.reward} needs math-verify: pip install -r requirements-llm.txt")
     if args.dataset:
         labelled = args.reward != "majority"  # whose votes need no answers
         problems = usable_problems(read_rows(args.dataset), args.dataset, args, tokenizer, answers=labelled)
@@ -693,19 +686,12 @@ def same_answer(answer, truth):
 def load_function(name):
     """The function that module:function or path.py:function names. BadInput if there is none."""
     module, _, function = name.rpartition(":")
-    sys.path.insert(0, os.getcwd())
+    sys.path.append(os.getcwd())
     try:
-        if not module.endswith(".py"):
-            return getattr(importlib.import_module(module), function)
-        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        return getattr(loaded, function)
+        return (runpy.run_path(module) if module.endswith(".py") else vars(importlib.import_module(module)))[function]
     except Exception as error:  # of the module's own code, too
         where = "module:function or path.py:function"
         raise BadInput(f"--reward-fn takes {where}, and {name} cannot be loaded: {one_line(error)}") from None
-    finally:
-        sys.path.pop(0)
 
 
 def check_functions(problems, args):
@@ -756,12 +742,12 @@ def function_rewards(groups, args):
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise BrokenRun(f"--reward-fn {name}: {one_line(error)} ({last.filename}, line {last.lineno})") from error
         try:
-            rewards = [x if x is None else float(x) for x in rewards]
-        except (TypeError, ValueError):
-            rewards = []
-        if len(rewards) != count or not all(x is None or math.isfinite(x) for x in rewards):
+            own = torch.tensor([0.0 if x is None else x for x in rewards], dtype=torch.float64)
+        except (TypeError, ValueError):  # no list, or not of numbers
+            own = torch.empty(0)
+        if len(own) != count or not own.isfinite().all():
             raise BrokenRun(f"{name} must return {count} finite numbers or None, one per completion")
-        totals += torch.tensor([0.0 if x is None else weight * x for x in rewards], dtype=torch.float64)
+        totals += weight * own
         applied |= torch.tensor([x is not None for x in rewards])
     if not applied.all():
         raise BrokenRun("a completion has no reward: every --reward-fn returned None")
@@ -808,11 +794,6 @@ def num_samples(args):
     return args.num_votes if args.reward == "majority" else args.group_size
 
 
-def share(x, minibatches):
-    """This process's part of x[P, ...], an equal part of each minibatch: all learn what one process would."""
-    return x.view(minibatches, WORLD_SIZE, -1, *x.shape[1:])[:, RANK].flatten(0, 1)
-
-
 def rollout(sampler, problems, drawn, args):
     """This process's groups for the prompts after the first `drawn`, and statistics [P, V] or [P] of all sampled.
 
@@ -832,12 +813,11 @@ def rollout(sampler, problems, drawn, args):
 
 
 def draw_groups(sampler, problems, drawn, args):
-    """One draw of rollout."""
-    copies, minibatches = num_samples(args), args.num_prompts // args.minibatch_prompts
-    rows = share(draw(len(problems), drawn, args.num_prompts, args.seed), minibatches).tolist()
+    """One draw of rollout, of which each process has every WORLD_SIZE-th group: an equal part of each minibatch."""
     generator = make_generator("completions", args.seed, drawn)
-    uniforms = torch.rand(args.num_prompts, copies, args.max_completion_length, generator=generator)
-    groups = sampler([problems[i] for i in rows], share(uniforms, minibatches), args.sampling_temperature, 1.0)
+    uniforms = torch.rand(args.num_prompts, num_samples(args), args.max_completion_length, generator=generator)
+    mine = [problems[i] for i in draw(len(problems), drawn, args.num_prompts, args.seed)[RANK::WORLD_SIZE].tolist()]
+    groups = sampler(mine, uniforms[RANK::WORLD_SIZE], args.sampling_temperature, 1.0)
     if args.reward == "majority":
         rewards, stats = majority_rewards(groups, args)
     else:
@@ -848,8 +828,7 @@ def draw_groups(sampler, problems, drawn, args):
         group["rewards"] = own
         for name in group.keys() - {"problem"}:
             group[name] = group[name][: args.group_size]  # of all votes
-    parts = {name: [y.view(minibatches, -1, *y.shape[1:]) for y in gather(x)] for name, x in stats.items()}
-    return groups, {name: torch.stack(x, 1).flatten(0, 2) for name, x in parts.items()}
+    return groups, {name: torch.stack(gather(x), 1).flatten(0, 1) for name, x in stats.items()}
 
 
 def pack(prompts, completions, budget, count=0):
@@ -1008,16 +987,13 @@ def evaluate(sampler, problems, args):
     """Figures of held-out problems, sampled with the same noise every time."""
     problems, generator = problems[: args.eval_problems], make_generator("evaluation")
     uniforms = torch.rand(len(problems), args.eval_samples, args.max_completion_length, generator=generator)
-    mine, sums = problems[RANK::WORLD_SIZE], torch.zeros(4)
-    if mine:
-        groups = sampler(mine, uniforms[RANK::WORLD_SIZE], args.eval_temperature, args.eval_top_p)
-        scores, majority = true_rewards(groups, args), []
-        for group, score in zip(groups, scores.tolist()):
-            keys = [x.strip() if args.reward_fn else extract_answer(x, args.reward) for x in group["texts"]]
-            vote = majority_vote(keys)
-            majority.append([0.0 if vote is None else score[keys.index(vote)]])
-        lengths, truncated = (torch.stack([group[name] for group in groups]) for name in ("lengths", "truncated"))
-        sums = torch.stack([x.mean(1).sum() for x in (scores, torch.tensor(majority), lengths, truncated)])
+    mine, sums = problems[RANK::WORLD_SIZE], torch.zeros(4).double()
+    groups = sampler(mine, uniforms[RANK::WORLD_SIZE], args.eval_temperature, args.eval_top_p) if mine else []
+    for group, scores in zip(groups, true_rewards(groups, args) if mine else []):
+        keys = [x.strip() if args.reward_fn else extract_answer(x, args.reward) for x in group["texts"]]
+        vote = majority_vote(keys)
+        best = torch.tensor(0.0) if vote is None else scores[keys.index(vote)]
+        sums += torch.stack([scores.mean(), best, group["lengths"].mean(), group["truncated"].mean()])
     names = ("pass@1", f"maj@{args.eval_samples}", "mean_length", "clipped_ratio")
     return dict(zip(names, (sum(gather(sums)) / len(problems)).tolist()))
 
@@ -1177,11 +1153,10 @@ class Run(ExitStack):
         """Locks the folder and reads the checkpoint, if this is to resume a run."""
         if self.args.resume is not None:
             self.dir = Path(self.args.resume)
-            load_run(self.dir, "checkpoint.pt")
-            if RANK == 0:
+            if RANK == 0 and self.dir.exists():
                 self.enter_context(FileLock(self.dir / "lock", timeout=0))
             with serialization.config.patch("load.mmap", True):  # a process reads only what it needs
-                _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
+                _, self.saved = load_run(self.dir, "checkpoint.pt")
             self.step = self.saved["step"]
             if self.step >= self.args.total_timesteps and (self.dir / "model").exists():
                 raise BadInput(f"{self.dir} is complete: to go on, add a larger --total-timesteps")
@@ -1191,11 +1166,9 @@ class Run(ExitStack):
         if self.stopping and isinstance(error, Exception):  # of a library that Ctrl-C has reached as well
             raise SystemExit(self.stop_message()) from None
         if self.learner and out_of_memory(error):
-            sampling = any(frame.name == "sample" for frame in traceback.extract_tb(trace))
-            name = "generation_batch_size" if sampling else "micro_batch_tokens"
-            less = f"--{name.replace('_', '-')}={max(1, getattr(self.args, name) // 2)}"
+            less = "lower --generation-batch-size, for sampling, or --micro-batch-tokens, for learning"
             saved = (self.dir / "checkpoint.pt").exists()
-            raise SystemExit(f"error: out of memory; {self.command(less) if saved else 'start with ' + less}") from None
+            raise SystemExit(f"error: out of memory: {less}{'; ' + self.command() if saved else ''}") from None
 
     def begin(self, learner, problems):
         """Restores the learner, or makes the folder; opens the logs. The problems must be those that the run had."""
@@ -1342,9 +1315,9 @@ class Run(ExitStack):
     def stop_message(self):
         return f"stopped at step {self.step}; {self.command()}"
 
-    def command(self, *more):
+    def command(self):
         launcher = ["torchrun", f"--nproc-per-node={LOCAL_WORLD_SIZE}"] if WORLD_SIZE > 1 else [sys.executable]
-        words = [*launcher, os.path.abspath(__file__), "--resume", str(self.dir.resolve()), *more]
+        words = [*launcher, os.path.abspath(__file__), "--resume", str(self.dir.resolve())]
         words += ["--reward-fn", *self.args.reward_fn] if self.args.reward_fn else []
         return f"go on with: {shlex.join(words)}"
 
@@ -1401,8 +1374,6 @@ def load_run(run_dir, name):
 def read_args(words):
     """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
-    if any(word.startswith("--evaluate") for word in words):
-        raise BadInput("to evaluate a complete run: --model RUN_DIR/model --total-timesteps 0, and its settings")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
     parser.add_argument("--reward-fn", "--reward_fn", nargs="+", default=())
