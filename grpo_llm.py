@@ -102,7 +102,6 @@ class Args:
     max_prompt_length: PositiveInt = 512  # tokens; longer prompts are left out
     max_completion_length: PositiveInt = 4  # tokens; longer completions are cut off
     stop: tuple[str, ...] = ()  # texts of one token each that end a completion as the model's own stop tokens do
-    keep_special_tokens: bool = False  # leave special tokens in the text that is rewarded, but for the last
     sampling_temperature: Positive = 1.0  # of the policy, while sampling and while learning
     clip_coef: Positive = 0.2  # epsilon: the ratio's bounds are 1 -+ epsilon
     ratio_low: float | None = None  # lower bound of the clip, in place of 1 - epsilon
@@ -226,9 +225,9 @@ AGGREGATIONS = {"grpo": "response", "dr_grpo": "constant", "dapo": "token", "gsp
 def token_weights(mask, aggregation, responses, tokens, max_length):
     """Weight of each token in the loss: mask[B, T] -> [B, T]. responses, tokens: counts of the whole minibatch."""
     return {
-        "response": mask / (mask.sum(1, keepdim=True).clamp(min=1) * responses),  # Eq. 97, 109, 119
-        "token": mask / tokens,  # Eq. 102
-        "constant": mask / (responses * max_length),  # Eq. 100
+        "response": mask / (mask.sum(1, keepdim=True).clamp(min=1) * responses),  # mean over each, then over all
+        "token": mask / tokens,  # mean over all tokens
+        "constant": mask / (responses * max_length),
     }[aggregation]
 
 
@@ -320,8 +319,6 @@ def load_model(args):
     with torch.no_grad():
         if not hasattr(model(torch.tensor([[0]]), use_cache=True), "past_key_values"):
             raise BadInput(f"{args.model} keeps no key-value cache, which sampling needs")
-    if tokenizer.eos_token_id is None:
-        raise BadInput(f"{args.model} has no end-of-sequence token")
     return model, tokenizer
 
 
@@ -346,8 +343,10 @@ def warm_up(model, tokenizer, problems, args):
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, betas=(0.9, 0.99), fused=True)
     generator = make_generator("supervised", args.seed)
     answers = tokenizer([problem["row"]["answer"] + "<eos>" for problem in problems])["input_ids"]
-    accuracy, step = 0.0, 0
-    while accuracy < args.warmup_accuracy:
+    accuracy = 0.0
+    for step in range(5000):
+        if accuracy >= args.warmup_accuracy:
+            break
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20)
         rows = torch.randint(len(problems), (128,), generator=generator).tolist()
         batch = collate([problems[i]["ids"] for i in rows], [answers[i] for i in rows], model.device)
@@ -356,9 +355,8 @@ def warm_up(model, tokenizer, problems, args):
         (-log_probs.sum() / batch["mask"].sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        if not math.isfinite(accuracy) or step == 5000:
-            raise BadInput(f"{accuracy:.0%} of the samples are right after {step} steps: try another --seed")
+    else:
+        raise BadInput(f"{accuracy:.0%} of the samples are right after {step} steps: try another --seed")
     for x in model.parameters() if WORLD_SIZE > 1 else ():
         dist.broadcast(x.data, 0)  # GPUs may have rounded differently
 
@@ -445,7 +443,7 @@ def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, 
 def stop_tokens(model, tokenizer, args):
     """Tokens that end a completion, of the tokenizer, the model's generation config and --stop. BadInput."""
     more = model.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])}
+    stop_ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
     for text in args.stop:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or tokenizer.decode(ids) != text:
@@ -480,10 +478,13 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
             completions = generate(model, prompts, uniforms, *options, args.generation_batch_size)
             log_probs = [None] * len(completions)
     bare = [x[:-1] if x[-1] in stop_ids else x for x in completions]  # a stop token need not be a special one
-    columns = {"completions": completions, "log_probs": log_probs}
-    columns["texts"] = tokenizer.batch_decode(bare, skip_special_tokens=not args.keep_special_tokens)
-    columns["lengths"] = torch.tensor([len(x) for x in completions]).double()
-    columns["truncated"] = torch.tensor([x[-1] not in stop_ids for x in completions]).double()
+    columns = {
+        "completions": completions,
+        "log_probs": log_probs,
+        "texts": tokenizer.batch_decode(bare, skip_special_tokens=True),
+        "lengths": torch.tensor([len(x) for x in completions]).double(),
+        "truncated": torch.tensor([x[-1] not in stop_ids for x in completions]).double(),
+    }
     rows = [slice(i * copies, (i + 1) * copies) for i in range(len(problems))]
     return [{"problem": x} | {name: y[own] for name, y in columns.items()} for x, own in zip(problems, rows)]
 
@@ -521,12 +522,13 @@ def column(row, named, usual):
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
-            return value[0] if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], dict) else value
+            return value
     return None
 
 
 def true_answer(value, reward):
     """The key of an answer that a dataset gives: after ####, in its last box, or all of it. None if it has none."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
     text = str("" if value is None else value)
     text = text.rpartition("####")[2] if "####" in text else last_box(text) or text
     return parse_number(text) if reward == "exact" else answer_key(text)
@@ -710,17 +712,6 @@ def load_function(name):
         raise BadInput(f"--reward-fn takes {where}, and {name} cannot be loaded: {one_line(error)}") from None
 
 
-def check_functions(problems, args):
-    """BadInput if a reward function cannot be loaded, or not be called with what these problems have."""
-    groups = [{"problem": problem, "texts": [""], "completions": [[]]} for problem in problems]
-    for name in args.reward_fn:
-        function = load_function(name)
-        try:
-            inspect.signature(function).bind(**reward_keywords(groups))
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"--reward-fn {name}: {error}; it is called as TRL does, without trainer_state") from None
-
-
 def true_rewards(groups, args):
     """Rewards [P, G] of P groups of G texts, by --reward-fn or the true answers."""
     if args.reward_fn:
@@ -847,8 +838,8 @@ def draw_groups(sampler, problems, drawn, args):
     return groups, {name: torch.stack(gather(x), 1).flatten(0, 1) for name, x in stats.items()}
 
 
-def pack(prompts, completions, budget, count=0):
-    """Micro-batches of rows of like length, at least count, of at most budget tokens (or one row): row numbers."""
+def pack(prompts, completions, budget):
+    """Micro-batches of rows of like length, of at most budget tokens (or one row): lists of row numbers."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
     parts, before, after = [], 0, 0
     for i in order:
@@ -857,49 +848,50 @@ def pack(prompts, completions, budget, count=0):
             parts.append([])
             before, after = len(prompts[i]), len(completions[i])
         parts[-1].append(i)
-    while len(parts) < count:
-        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
-        half = len(parts[largest]) // 2
-        parts[largest : largest + 1] = [parts[largest][:half], parts[largest][half:]]
     return parts
 
 
-@torch.no_grad()
 def make_minibatches(model, reference, groups, args):
-    """Minibatches: lists of micro-batches, dicts of tensors [B, T] and [B], which stay as they are for all epochs.
-
-    The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1.
-    """
+    """Minibatches of this process's groups, which stay as they are for all epochs."""
     rewards = torch.stack([group["rewards"] for group in groups])
-    advantages = group_advantages(rewards, "none" if args.objective == "dr_grpo" else args.scale_rewards)
-    size, minibatches = args.minibatch_prompts // WORLD_SIZE, []
-    for start in range(0, len(groups), size):
-        part = groups[start : start + size]
-        prompts = [group["problem"]["ids"] for group in part for _ in group["completions"]]
-        completions, sampled = ([x for group in part for x in group[name]] for name in ("completions", "log_probs"))
-        keep = 1 - torch.cat([group["truncated"] for group in part]).float() * args.mask_truncated
-        columns = {"keep": keep, "advantages": advantages[start : start + size].flatten().float()}
-        lengths = torch.tensor([len(x) for x in completions])
-        tokens = max(1.0, sum(gather((keep * lengths).sum().item())))
-        counts = args.minibatch_prompts * args.group_size, tokens, args.max_completion_length
-        parts = pack(prompts, completions, args.micro_batch_tokens)
-        if args.fsdp:  # every process must make the same number of passes
-            parts = pack(prompts, completions, args.micro_batch_tokens, max(gather(len(parts))))
-        minibatches.append([])
-        for rows in parts:
-            batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], model.device)
-            batch |= {name: x[rows].to(model.device) for name, x in columns.items()}
-            batch["mask"] *= batch["keep"][:, None]
-            batch["weights"] = token_weights(batch["mask"], AGGREGATIONS[args.objective], *counts)
-            batch["tokens"] = tokens
-            for name, policy in (("old_log_probs", model), ("ref_log_probs", reference)):
-                if policy is not None:
-                    batch[name], _ = token_log_probs(policy, batch, args.sampling_temperature, entropy=False)
-            if args.generator == "vllm":  # its probabilities differ a little: importance weights, at most 2
-                theirs = nn.utils.rnn.pad_sequence([torch.tensor(sampled[i]) for i in rows], batch_first=True)
-                batch["weights"] *= (batch["old_log_probs"] - theirs.to(model.device)).exp().clamp(max=2)
-            minibatches[-1].append(batch)
-    return minibatches
+    scale = "none" if args.objective == "dr_grpo" else args.scale_rewards
+    for group, advantages in zip(groups, group_advantages(rewards, scale)):
+        group["advantages"] = advantages
+    size = args.minibatch_prompts // WORLD_SIZE
+    return [make_minibatch(model, reference, groups[i : i + size], args) for i in range(0, len(groups), size)]
+
+
+@torch.no_grad()
+def make_minibatch(model, reference, groups, args):
+    """A list of micro-batches, dicts of tensors [B, T] and [B].
+
+    The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1: GBPO's
+    loss has its kink there, and noise would turn into gradient.
+    """
+    prompts = [group["problem"]["ids"] for group in groups for _ in group["completions"]]
+    completions, sampled = ([x for group in groups for x in group[name]] for name in ("completions", "log_probs"))
+    names = ("truncated", "advantages")
+    columns = {name: torch.cat([group[name] for group in groups]).float() for name in names}
+    keep = 1 - columns.pop("truncated") * args.mask_truncated
+    tokens = max(1.0, sum(gather((keep * torch.tensor([len(x) for x in completions])).sum().item())))
+    counts = args.minibatch_prompts * args.group_size, tokens, args.max_completion_length
+    parts, batches = pack(prompts, completions, args.micro_batch_tokens), []
+    passes = max(gather(len(parts))) if args.fsdp else len(parts)  # FSDP: as many in every process
+    for k in range(passes):
+        rows = parts[k % len(parts)]
+        batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], model.device)
+        batch |= {name: x[rows].to(model.device) for name, x in columns.items()}
+        batch["mask"] *= keep[rows, None].to(model.device) * (k < len(parts))  # what is passed again does not count
+        batch["weights"] = token_weights(batch["mask"], AGGREGATIONS[args.objective], *counts)
+        batch["tokens"] = tokens
+        for name, policy in (("old_log_probs", model), ("ref_log_probs", reference)):
+            if policy is not None:
+                batch[name], _ = token_log_probs(policy, batch, args.sampling_temperature, entropy=False)
+        if args.generator == "vllm":  # its probabilities differ a little: importance weights, at most 2
+            theirs = nn.utils.rnn.pad_sequence([torch.tensor(sampled[i]) for i in rows], batch_first=True)
+            batch["weights"] *= (batch["old_log_probs"] - theirs.to(model.device)).exp().clamp(max=2)
+        batches.append(batch)
+    return batches
 
 
 class Learner:
@@ -937,8 +929,7 @@ class Learner:
 
     def copy_to_model(self):
         for weight, master in zip(self.weights, self.masters):
-            if weight.dtype != master.dtype:
-                weight.detach().copy_(master)
+            weight.detach().copy_(master)
 
     def state_dict(self):
         """Whole tensors on the CPU, for which all processes are needed; only the first gets them."""
@@ -959,13 +950,12 @@ def update(model, learner, minibatches, step, generator, args):
     """Epochs of gradient steps: the statistics' means, and the last epoch's ratios [tokens], each before its step."""
     totals = Counter()
     for _ in range(args.update_epochs):
-        ratios, masks = [], []
+        ratios = []
         for i in torch.randperm(len(minibatches), generator=generator).tolist():
             for batch in minibatches[i]:
                 loss, stats, ratio = minibatch_loss(model, batch, args)
                 loss.backward()
-                ratios.append(ratio.detach().flatten())
-                masks.append(batch["mask"].flatten())
+                ratios.append(ratio.detach()[batch["mask"] > 0])
                 totals.update({name: x.detach() for name, x in stats.items()})
             learning_rate = learner.learning_rate(step)
             totals["grad_norm"] += learner.step(learning_rate) / WORLD_SIZE  # of which the sum is taken below
@@ -973,7 +963,7 @@ def update(model, learner, minibatches, step, generator, args):
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = sums / (args.update_epochs * len(minibatches))
-    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))
+    ratios = torch.cat(gather(torch.cat(ratios).cpu()))
     return dict(zip(totals, means.tolist())) | {"learning_rate": learning_rate}, ratios
 
 
@@ -1019,14 +1009,17 @@ def train(args):
         device = start_processes(args)
         model, tokenizer = make_model(args, device)
         problems, held_out = make_problems(args, tokenizer)
-        check_functions(problems + held_out, args)
+        for name in args.reward_fn:
+            load_function(name)
         check_sizes(model, tokenizer, problems + held_out, args)
         engine = make_vllm(args, device) if args.generator == "vllm" else None
         if not args.model and (args.kl_coef or not run.saved):  # a resumed run needs it for the reference only
             warm_up(model, tokenizer, problems, args)
         reference = copy.deepcopy(model) if args.kl_coef else None
-        for whole in filter(None, (model, reference) if args.fsdp else ()):
-            shard(whole, device)
+        if args.fsdp:
+            shard(model, device)
+        if args.fsdp and reference:
+            shard(reference, device)
         learner = Learner(model, args)
         run.begin(learner, problems + held_out)  # restores it, or makes the folder: all is known to fit by now
         sampler = functools.partial(sample, model, engine, tokenizer, args)
@@ -1266,14 +1259,17 @@ class Run(ExitStack):
         if RANK > 0:
             return
         for reward, length in zip(stats["reward"].flatten().tolist(), stats["length"].flatten().tolist()):
-            self.write("episodes.csv", step, {"return": reward, "length": length}, None)
+            self.write("episodes.csv", step, {"return": reward, "length": length})
         sps = (step - self.first_step) / (time.time() - self.start_time)
-        self.write("metrics.csv", step, metrics | {"charts/SPS": sps})
-        samples = [x["problem"]["row"] | {"step": step, "completion": x["texts"][0]} for x in groups[:4]]
-        samples = [x | {"reward": group["rewards"][0].item()} for x, group in zip(samples, groups)]
-        lines = [json.dumps(x, default=str) for x in samples]
-        self.logs["completions.jsonl"].write("\n".join(lines) + "\n")
-        self.writer.add_text("completions", "\n\n".join(f"    {line}" for line in lines), step)
+        metrics |= {"charts/SPS": sps}
+        self.write("metrics.csv", step, metrics)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        for i, group in enumerate(groups[:4]):
+            own = {"step": step, "completion": group["texts"][0], "reward": group["rewards"][0].item()}
+            line = json.dumps(group["problem"]["row"] | own, default=str)
+            self.logs["completions.jsonl"].write(line + "\n")
+            self.writer.add_text(f"completions/{i}", "    " + line, step)
         live, left = os.isatty(1), max(self.args.total_timesteps - step, 0) / sps
         if live or time.time() - self.line_time > 30:
             line = f"step {step}, {sps:.0f} completions/s, reward {metrics['reward']:.3f}, {left:.0f} s left    "
@@ -1286,16 +1282,16 @@ class Run(ExitStack):
         text = ", ".join(f"{name} {x:.3f}" for name, x in result.items())
         say(f"step {self.step}, {where}: {text.replace('pass@1', 'reward') if self.args.reward_fn else text}")
         if RANK == 0:
-            self.write("evaluations.csv", self.step, result, "eval/")
+            self.write("evaluations.csv", self.step, result)
+            for name, value in result.items():
+                self.writer.add_scalar(f"eval/{name}", value, self.step)
 
-    def write(self, log, step, row, prefix=""):
-        """Adds a row to a CSV file, after a header if it is the first, and to TensorBoard unless prefix is None."""
+    def write(self, log, step, row):
+        """Adds a row to a CSV file, after a header if it is the first."""
         file = self.logs[log]
         if file.tell() == 0:
             file.write(",".join(["step", *row]) + "\n")
         file.write(",".join([str(step), *(f"{x:.8g}" for x in row.values())]) + "\n")
-        for name, value in row.items() if prefix is not None else ():
-            self.writer.add_scalar(prefix + name, value, step)
 
     def save(self, seconds=0):
         """Writes the checkpoint if the last is so old. BrokenRun, and that one stays, if a weight is not finite."""
