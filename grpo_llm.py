@@ -18,14 +18,16 @@ import asyncio
 import copy
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -100,7 +102,6 @@ class Args:
     max_prompt_length: PositiveInt = 512  # tokens; longer prompts are left out
     max_completion_length: PositiveInt = 4  # tokens; longer completions are cut off
     stop: tuple[str, ...] = ()  # texts of one token each that end a completion as the model's own stop tokens do
-    keep_special_tokens: bool = False  # leave special tokens in the text that is rewarded, but for the last
     sampling_temperature: Positive = 1.0  # of the policy, while sampling and while learning
     clip_coef: Positive = 0.2  # epsilon: the ratio's bounds are 1 -+ epsilon
     ratio_low: float | None = None  # lower bound of the clip, in place of 1 - epsilon
@@ -224,9 +225,9 @@ AGGREGATIONS = {"grpo": "response", "dr_grpo": "constant", "dapo": "token", "gsp
 def token_weights(mask, aggregation, responses, tokens, max_length):
     """Weight of each token in the loss: mask[B, T] -> [B, T]. responses, tokens: counts of the whole minibatch."""
     return {
-        "response": mask / (mask.sum(1, keepdim=True).clamp(min=1) * responses),  # Eq. 97, 109, 119
-        "token": mask / tokens,  # Eq. 102
-        "constant": mask / (responses * max_length),  # Eq. 100
+        "response": mask / (mask.sum(1, keepdim=True).clamp(min=1) * responses),  # mean over each, then over all
+        "token": mask / tokens,  # mean over all tokens
+        "constant": mask / (responses * max_length),
     }[aggregation]
 
 
@@ -318,8 +319,6 @@ def load_model(args):
     with torch.no_grad():
         if not hasattr(model(torch.tensor([[0]]), use_cache=True), "past_key_values"):
             raise BadInput(f"{args.model} keeps no key-value cache, which sampling needs")
-    if tokenizer.eos_token_id is None:
-        raise BadInput(f"{args.model} has no end-of-sequence token")
     return model, tokenizer
 
 
@@ -344,8 +343,10 @@ def warm_up(model, tokenizer, problems, args):
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, betas=(0.9, 0.99), fused=True)
     generator = make_generator("supervised", args.seed)
     answers = tokenizer([problem["row"]["answer"] + "<eos>" for problem in problems])["input_ids"]
-    accuracy, step = 0.0, 0
-    while accuracy < args.warmup_accuracy:
+    accuracy = 0.0
+    for step in range(5000):
+        if accuracy >= args.warmup_accuracy:
+            break
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20)
         rows = torch.randint(len(problems), (128,), generator=generator).tolist()
         batch = collate([problems[i]["ids"] for i in rows], [answers[i] for i in rows], model.device)
@@ -354,9 +355,8 @@ def warm_up(model, tokenizer, problems, args):
         (-log_probs.sum() / batch["mask"].sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        if not math.isfinite(accuracy) or step == 5000:
-            raise BadInput(f"{accuracy:.0%} of the samples are right after {step} steps: try another --seed")
+    else:
+        raise BadInput(f"{accuracy:.0%} of the samples are right after {step} steps: try another --seed")
     for x in model.parameters() if WORLD_SIZE > 1 else ():
         dist.broadcast(x.data, 0)  # GPUs may have rounded differently
 
@@ -443,7 +443,7 @@ def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, 
 def stop_tokens(model, tokenizer, args):
     """Tokens that end a completion, of the tokenizer, the model's generation config and --stop. BadInput."""
     more = model.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])}
+    stop_ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
     for text in args.stop:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or tokenizer.decode(ids) != text:
@@ -461,19 +461,16 @@ def check_sizes(model, tokenizer, problems, args):
         raise BadInput(f"a prompt has token {largest}, and the model knows {len(embedding.weight)}: another tokenizer?")
     longest = max(len(problem["ids"]) for problem in problems) + args.max_completion_length
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-    message = f"prompts and completions of up to {longest} tokens: the model has {limit} positions"
-    others = [x.num_embeddings for x in model.modules() if isinstance(x, nn.Embedding) and x is not embedding]
-    if longest > limit and any(limit <= size <= limit + 2 for size in others):  # a table of positions, as GPT-2's
-        raise BadInput(f"{message}; lower --max-prompt-length or --max-completion-length")
     if longest > limit:
-        say(f"warning: {message} that it was trained with")
+        message = f"prompts and completions of up to {longest} tokens, and the model knows {limit} positions"
+        raise BadInput(f"{message}: lower --max-prompt-length or --max-completion-length")
 
 
 def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_p):
     """A group of G completions for each of P problems: dicts of lists and tensors [G]."""
     stop_ids = stop_tokens(model, tokenizer, args)
     prompts, (_, copies, limit) = [problem["ids"] for problem in problems], uniforms.shape
-    options, groups = (sorted(stop_ids), temperature, top_p), []
+    options = (sorted(stop_ids), temperature, top_p)
     with whole_weights(model):
         if engine:
             completions, log_probs = generate_vllm(engine, model, prompts, copies, limit, *options)
@@ -481,14 +478,15 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
             completions = generate(model, prompts, uniforms, *options, args.generation_batch_size)
             log_probs = [None] * len(completions)
     bare = [x[:-1] if x[-1] in stop_ids else x for x in completions]  # a stop token need not be a special one
-    texts = tokenizer.batch_decode(bare, skip_special_tokens=not args.keep_special_tokens)
-    lengths = torch.tensor([len(x) for x in completions]).view(-1, copies).double()
-    truncated = torch.tensor([x[-1] not in stop_ids for x in completions]).view(-1, copies).double()
-    for i, problem in enumerate(problems):
-        rows = slice(i * copies, (i + 1) * copies)
-        group = dict(problem=problem, completions=completions[rows], log_probs=log_probs[rows], texts=texts[rows])
-        groups.append(group | dict(lengths=lengths[i], truncated=truncated[i]))
-    return groups
+    columns = {
+        "completions": completions,
+        "log_probs": log_probs,
+        "texts": tokenizer.batch_decode(bare, skip_special_tokens=True),
+        "lengths": torch.tensor([len(x) for x in completions]).double(),
+        "truncated": torch.tensor([x[-1] not in stop_ids for x in completions]).double(),
+    }
+    rows = [slice(i * copies, (i + 1) * copies) for i in range(len(problems))]
+    return [{"problem": x} | {name: y[own] for name, y in columns.items()} for x, own in zip(problems, rows)]
 
 
 # --- problems and rewards
@@ -496,20 +494,23 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
 
 def read_rows(source):
     """Rows of a JSON, JSONL or Parquet file, or of a dataset on the Hub. BadInput if they cannot be read."""
-    path = Path(source)
     try:
-        if path.suffix in (".json", ".jsonl"):
-            text = path.read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                return json.loads(text)
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        import datasets
+        if source.endswith((".json", ".jsonl")):  # which the package reads only if a column has one type
+            text = Path(source).read_text(encoding="utf-8-sig").strip()
+            whole = text.startswith("[")
+            rows = json.loads(text) if whole else [json.loads(x) for x in text.split("\n") if x.strip()]
+        else:
+            import datasets
 
-        datasets.disable_progress_bars()
-        if path.suffix == ".parquet":
-            return datasets.Dataset.from_parquet(source).to_list()
-        name, *parts = source.split(":")
-        return datasets.load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train").to_list()
+            datasets.disable_progress_bars()
+            name, *parts = source.split(":")
+            if source.endswith(".parquet"):
+                rows = datasets.Dataset.from_parquet(source)
+            else:
+                rows = datasets.load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train")
+        if not rows:
+            raise ValueError("no usable row")
+        return list(rows)
     except (OSError, ValueError, RecursionError) as error:  # the package's own errors, too
         raise BadInput(f"cannot read {source}: {one_line(error)[:200]}") from None
 
@@ -521,12 +522,13 @@ def column(row, named, usual):
         for part in name.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
-            return value[0] if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], dict) else value
+            return value
     return None
 
 
 def true_answer(value, reward):
     """The key of an answer that a dataset gives: after ####, in its last box, or all of it. None if it has none."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
     text = str("" if value is None else value)
     text = text.rpartition("####")[2] if "####" in text else last_box(text) or text
     return parse_number(text) if reward == "exact" else answer_key(text)
@@ -538,7 +540,7 @@ def usable_problems(rows, source, args, tokenizer, answers=True):
     answers: whether a row needs one.
     """
     problems, bad = [], []
-    for i, row in enumerate(rows if isinstance(rows, list) else []):
+    for i, row in enumerate(rows):
         row = row if isinstance(row, dict) else {}
         prompt = column(row, args.prompt_column, ("prompt", "problem", "question"))
         usual = ("answer", "reward_model.ground_truth", "ground_truth", "solution")
@@ -552,35 +554,31 @@ def usable_problems(rows, source, args, tokenizer, answers=True):
             problems.append({"row": row, "prompt": prompt, "ids": ids, "answer": answer})
         except ValueError as error:
             bad.append(f"row {i} has {error}")
-            columns = f"; its columns: {', '.join(map(str, row)) or 'none'}"
     if not problems:
-        raise BadInput(f"{source} has no usable row: {'; '.join(bad[:3]) + columns if bad else 'it must be a list'}")
+        raise BadInput(f"{source} has no usable row: {bad[0]}; the last one's columns: {', '.join(map(str, row))}")
     if bad:
-        say(f"{source}: {len(bad)} of {len(rows)} rows left out ({'; '.join(bad[:5])}{'; ...' * (len(bad) > 5)})")
+        say(f"{source}: {len(bad)} of {len(rows)} rows left out: {'; '.join(bad[:5])}")
     return problems
 
 
 def encode(prompt, args, tokenizer):
-    """Tokens of a prompt, a text or a list of chat messages. ValueError if it is neither or its template refuses it."""
-    messages = isinstance(prompt, list) and all(isinstance(x, dict) and type(x.get("content")) is str for x in prompt)
-    if not prompt or not (messages or isinstance(prompt, str)):
+    """Tokens of a prompt, a text or a list of chat messages. ValueError if it is neither, or is refused."""
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if not prompt or not all(isinstance(x, dict) and type(x.get("content")) is str for x in messages):
         raise ValueError("no prompt")
-    if re.search("[\ud800-\udfff]", json.dumps(prompt, ensure_ascii=False, default=str)):
-        raise ValueError("half a character in its prompt")
-    if messages and not args.chat_template:
+    if messages is prompt and not args.chat_template:
         raise ValueError("chat messages as its prompt: add --chat-template")
-    if not args.chat_template:
-        ids = tokenizer(prompt)["input_ids"]
-        return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids  # the text had one, too
-    prompt = prompt if messages else [{"role": "user", "content": prompt}]
+    if args.system_prompt and messages[0].get("role") == "system":
+        raise ValueError("a system message of its own: leave out --system-prompt")
     if args.system_prompt:
-        if prompt[0].get("role") == "system":
-            raise ValueError("a system message of its own: leave out --system-prompt")
-        prompt = [{"role": "system", "content": args.system_prompt}, *prompt]
+        messages = [{"role": "system", "content": args.system_prompt}, *messages]
     try:
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except Exception as error:  # of the template's language
-        raise ValueError(f"a prompt that the chat template refuses: {one_line(error)}") from None
+        if args.chat_template:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
+    except Exception as error:  # of the template's language, or of half a character
+        raise ValueError(f"a prompt that tokenizer or template refuses: {one_line(error)}") from None
+    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids  # the text had one, too
 
 
 def addition_rows():
@@ -592,8 +590,6 @@ def addition_rows():
 
 def make_problems(args, tokenizer):
     """Problems to train on and held-out ones: two lists."""
-    if args.reward != "exact" and not importlib.util.find_spec("math_verify"):
-        raise BadInput(f"--reward {args.reward} needs math-verify: pip install -r requirements-llm.txt")
     if args.dataset:
         labelled = args.reward != "majority"  # whose votes need no answers
         problems = usable_problems(read_rows(args.dataset), args.dataset, args, tokenizer, answers=labelled)
@@ -611,26 +607,27 @@ def make_problems(args, tokenizer):
 
 
 # A completion is untrusted text: it is matched by bounded expressions, or given a second of math-verify; never run.
-WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {0x2212: "-", 0xA0: " ", 0x2009: " ", 0x202F: " ", 0x3000: " "}
+WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {ord("−"): "-"}  # full-width characters
+TEXT = r"\\(?:text|math|mbox)(?:rm|bf|it)? ?"
+NO_UNIT = r"(?:[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fifth|tenth|(?:[a-ikx-z]|pi|or|and)\b)"
+BARE_UNIT = "[cmk]m|kg|degrees?|dollars?|cents?|units?|inches|feet|miles?|hours?|minutes?|days?|years?"
+UNIT = rf"{TEXT}\{{ ?(?!(?:.*[ ./])?{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
 PLAIN = [
     (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
-    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|~", " "),
     (r"\{,\}", ","),
-    (r"\\?[$€£¥]|\\[()\[\]]", " "),
     (r"\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", r" \1\2/\3\4 "),
-    (r"\s+", " "),
+    (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),
+    (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # the variable that it is the value of
+    (rf"(?<=[\w}}) ])(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$", ""),
+    (TEXT + r"\{([^{}]*)\}", r" \1 "),
 ]
-VARIABLE = re.compile(r"^\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?")
-NO_UNIT = r"hundred|thousand|[mbtr]+illion|dozen|hal[fv]|third|quarter|fourth|fifth|tenth|(?:pi|or|and|not|mod|base)\b"
-WORDS = rf" ?(?:[mgshlLCFKVWJN](?:/[a-z]{{1,4}})?|(?!(?:.*\W)?(?:{NO_UNIT}))[a-zA-Z]{{2}}[a-zA-Z ./]*) ?"
-BARE = "[mck]m|[mk]g|ms|mL|degrees?|dollars?|cents?|units?|inches|f(?:ee)?t|miles?|hours?|minutes?|days?|years?"
-UNIT = rf"\\(?:text(?:rm)?|mathrm|mbox) ?\{{{WORDS}\}}|(?<=[0-9] )(?:{BARE})|\\?%|°|\^ ?\{{? ?\\circ ?\}}?"
-UNITS = re.compile(rf"(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$")
-WRAPPER = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox) ?\{([^{}]*)\}")
-WHOLE = r"[0-9]{1,40}|[0-9]{1,3}(?P<comma>[, ])[0-9]{3}(?:(?P=comma)[0-9]{3}){0,11}|(?=\.[0-9])"
 NUMBER = re.compile(
-    rf"([+-]?) ?(?:([0-9]{{1,40}}) (?=[0-9]+/))?({WHOLE})(?:\.([0-9]{{0,40}}))?(?: ?/ ?([0-9]{{1,40}}))?"
+    r"([+-]?) ?(?:([0-9]{1,40}) (?=[0-9]+/))?"  # of a mixed number the integer
+    r"([0-9]{1,40}|[0-9]{1,3}(?:(?:,[0-9]{3}){1,12}|(?: [0-9]{3}){1,12})|(?=\.[0-9]))"
+    r"(\.[0-9]{0,40})?(?: ?/ ?([0-9]{1,40}))?"
 )
+BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # three more within these
+BOX = re.compile(rf"\s{{0,3}}(?:{BRACES}|([0-9.,/+-]{{0,40}}[0-9]))")
 
 
 @functools.lru_cache(10_000)
@@ -639,23 +636,16 @@ def plain(text):
     text = text.translate(WIDE)
     for pattern, new in PLAIN:
         text = re.sub(pattern, new, text)
-    text = text.strip(" *")
-    return WRAPPER.sub(r" \1 ", UNITS.sub("", VARIABLE.sub("", text)) or text).strip()
+    return text.strip()
 
 
 def parse_number(text):
     """The number that the text is, or None: -1,000, 0.5, 3/4, \\frac34, 1\\,000, x=5, 5\\text{ cm}, 50\\%, \\$5."""
-    if len(text) > 200:
+    match = NUMBER.fullmatch(plain(text)) if len(text) <= 200 else None
+    if not match or int(match[5] or 1) == 0:
         return None
-    match = NUMBER.fullmatch(plain(text))
-    if not match:
-        return None
-    sign, mixed, top, _, decimals, bottom = (part or "" for part in match.groups())
-    bottom = int(bottom or 1) * 10 ** len(decimals)
-    if not bottom:
-        return None
-    top = int(mixed or 0) * bottom + int(re.sub("[, ]", "", top) + decimals)
-    return Fraction(-top if sign == "-" else top, bottom)
+    whole = Fraction(re.sub("[, ]", "", match[3]) + (match[4] or "")) / int(match[5] or 1) + int(match[2] or 0)
+    return -whole if match[1] == "-" else whole
 
 
 def answer_key(text):
@@ -672,24 +662,12 @@ def last_box(text):
 
     A minus directly before the box belongs to the answer.
     """
-    start = len(text)
-    for _ in range(8):
-        start = max(text.rfind("\\boxed", 0, start), text.rfind("\\fbox", 0, start))
-        if start < 0:
-            return None
-        match = re.match(r"\\(?:boxed|fbox)\s{0,3}(?:\{|([0-9.,/+-]{0,40}[0-9]))", text[start : start + 60])
-        if not match:
-            continue
-        sign = "-" if re.search(r"(?:^|[^\w)}\]-])[-−]\Z", text[max(0, start - 2) : start]) else ""
-        if match[1]:  # \boxed 5
-            return sign + match[1]
-        depth, inside = 1, text[start + match.end() :][:201]
-        for i, character in enumerate(inside):
-            depth += (character == "{") - (character == "}")
-            if depth == 0 and inside[:i].strip():
-                return sign + inside[:i]
-            if depth == 0:
-                break
+    parts = text.replace("\\fbox", "\\boxed").rsplit("\\boxed", 8)
+    for before, after in reversed([*itertools.pairwise(parts)]):
+        match = BOX.match(after[:204])
+        content = match and (match[1] or match[2])
+        if content and content.strip():
+            return "-" * bool(re.search(r"(?:^|[^\w)}\]-])[-−]$", before[-2:])) + content
     return None
 
 
@@ -704,12 +682,13 @@ def extract_answer(text, reward):
 @functools.lru_cache(100_000)
 def same_answer(answer, truth):
     """Whether two keys are the same answer: two numbers exactly; else math-verify has a second for each step."""
-    numbers = isinstance(answer, Fraction) + isinstance(truth, Fraction)
-    if answer is None or truth is None or answer == truth or numbers == 2:
+    texts = [x for x in (answer, truth) if isinstance(x, str)]
+    if answer is None or truth is None or answer == truth or not texts:
         return answer is not None and answer == truth
-    other = answer if isinstance(answer, str) else truth
-    if numbers and (re.search("[a-zA-Z_=]", re.sub(r"\\[a-zA-Z]+", "", other)) or not re.search(r"[\\^(*+]", other)):
-        return False  # a variable, or what parse_number would have read
+    if len(texts) == 1 and not re.search(r"[\\^(*+]", texts[0]):  # parse_number would have read it
+        return False
+    if len(texts) == 1 and re.search("[a-zA-Z_=]", re.sub(r"\\[a-zA-Z]+", "", texts[0])):  # a variable is no number
+        return False
     import math_verify
     from math_verify.errors import TimeoutException
 
@@ -725,30 +704,12 @@ def same_answer(answer, truth):
 def load_function(name):
     """The function that module:function or path.py:function names. BadInput if there is none."""
     module, _, function = name.rpartition(":")
-    sys.path.insert(0, os.getcwd())
+    sys.path.append(os.getcwd())
     try:
-        if not module.endswith(".py"):
-            return getattr(importlib.import_module(module), function)
-        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
-        loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        return getattr(loaded, function)
+        return (runpy.run_path(module) if module.endswith(".py") else vars(importlib.import_module(module)))[function]
     except Exception as error:  # of the module's own code, too
         where = "module:function or path.py:function"
         raise BadInput(f"--reward-fn takes {where}, and {name} cannot be loaded: {one_line(error)}") from None
-    finally:
-        sys.path.pop(0)
-
-
-def check_functions(problems, args):
-    """BadInput if a reward function cannot be loaded, or not be called with what these problems have."""
-    groups = [{"problem": problem, "texts": [""], "completions": [[]]} for problem in problems]
-    for name in args.reward_fn:
-        function = load_function(name)
-        try:
-            inspect.signature(function).bind(**reward_keywords(groups))
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"--reward-fn {name}: {error}; it is called as TRL does, without trainer_state") from None
 
 
 def true_rewards(groups, args):
@@ -788,12 +749,12 @@ def function_rewards(groups, args):
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise BrokenRun(f"--reward-fn {name}: {one_line(error)} ({last.filename}, line {last.lineno})") from error
         try:
-            rewards = [x if x is None else float(x) for x in rewards]
-        except (TypeError, ValueError):
-            rewards = []
-        if len(rewards) != count or not all(x is None or math.isfinite(x) for x in rewards):
+            own = torch.tensor([0.0 if x is None else x for x in rewards], dtype=torch.float64)
+        except (TypeError, ValueError):  # no list, or not of numbers
+            own = torch.empty(0)
+        if len(own) != count or not own.isfinite().all():
             raise BrokenRun(f"{name} must return {count} finite numbers or None, one per completion")
-        totals += torch.tensor([0.0 if x is None else weight * x for x in rewards], dtype=torch.float64)
+        totals += weight * own
         applied |= torch.tensor([x is not None for x in rewards])
     if not applied.all():
         raise BrokenRun("a completion has no reward: every --reward-fn returned None")
@@ -840,11 +801,6 @@ def num_samples(args):
     return args.num_votes if args.reward == "majority" else args.group_size
 
 
-def share(x, minibatches):
-    """This process's part of x[P, ...], an equal part of each minibatch: all learn what one process would."""
-    return x.view(minibatches, WORLD_SIZE, -1, *x.shape[1:])[:, RANK].flatten(0, 1)
-
-
 def rollout(sampler, problems, drawn, args):
     """This process's groups for the prompts after the first `drawn`, and statistics [P, V] or [P] of all sampled.
 
@@ -864,12 +820,11 @@ def rollout(sampler, problems, drawn, args):
 
 
 def draw_groups(sampler, problems, drawn, args):
-    """One draw of rollout."""
-    copies, minibatches = num_samples(args), args.num_prompts // args.minibatch_prompts
-    rows = share(draw(len(problems), drawn, args.num_prompts, args.seed), minibatches).tolist()
+    """One draw of rollout, of which each process has every WORLD_SIZE-th group: an equal part of each minibatch."""
     generator = make_generator("completions", args.seed, drawn)
-    uniforms = torch.rand(args.num_prompts, copies, args.max_completion_length, generator=generator)
-    groups = sampler([problems[i] for i in rows], share(uniforms, minibatches), args.sampling_temperature, 1.0)
+    uniforms = torch.rand(args.num_prompts, num_samples(args), args.max_completion_length, generator=generator)
+    mine = [problems[i] for i in draw(len(problems), drawn, args.num_prompts, args.seed)[RANK::WORLD_SIZE].tolist()]
+    groups = sampler(mine, uniforms[RANK::WORLD_SIZE], args.sampling_temperature, 1.0)
     if args.reward == "majority":
         rewards, stats = majority_rewards(groups, args)
     else:
@@ -880,12 +835,11 @@ def draw_groups(sampler, problems, drawn, args):
         group["rewards"] = own
         for name in group.keys() - {"problem"}:
             group[name] = group[name][: args.group_size]  # of all votes
-    parts = {name: [y.view(minibatches, -1, *y.shape[1:]) for y in gather(x)] for name, x in stats.items()}
-    return groups, {name: torch.stack(x, 1).flatten(0, 2) for name, x in parts.items()}
+    return groups, {name: torch.stack(gather(x), 1).flatten(0, 1) for name, x in stats.items()}
 
 
-def pack(prompts, completions, budget, count=0):
-    """Micro-batches of rows of like length, at least count, of at most budget tokens (or one row): row numbers."""
+def pack(prompts, completions, budget):
+    """Micro-batches of rows of like length, of at most budget tokens (or one row): lists of row numbers."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
     parts, before, after = [], 0, 0
     for i in order:
@@ -894,49 +848,50 @@ def pack(prompts, completions, budget, count=0):
             parts.append([])
             before, after = len(prompts[i]), len(completions[i])
         parts[-1].append(i)
-    while len(parts) < count:
-        largest = max(range(len(parts)), key=lambda i: len(parts[i]))
-        half = len(parts[largest]) // 2
-        parts[largest : largest + 1] = [parts[largest][:half], parts[largest][half:]]
     return parts
 
 
-@torch.no_grad()
 def make_minibatches(model, reference, groups, args):
-    """Minibatches: lists of micro-batches, dicts of tensors [B, T] and [B], which stay as they are for all epochs.
-
-    The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1.
-    """
+    """Minibatches of this process's groups, which stay as they are for all epochs."""
     rewards = torch.stack([group["rewards"] for group in groups])
-    advantages = group_advantages(rewards, "none" if args.objective == "dr_grpo" else args.scale_rewards)
-    size, minibatches = args.minibatch_prompts // WORLD_SIZE, []
-    for start in range(0, len(groups), size):
-        part = groups[start : start + size]
-        prompts = [group["problem"]["ids"] for group in part for _ in group["completions"]]
-        completions, sampled = ([x for group in part for x in group[name]] for name in ("completions", "log_probs"))
-        keep = 1 - torch.cat([group["truncated"] for group in part]).float() * args.mask_truncated
-        columns = {"keep": keep, "advantages": advantages[start : start + size].flatten().float()}
-        lengths = torch.tensor([len(x) for x in completions])
-        tokens = max(1.0, sum(gather((keep * lengths).sum().item())))
-        counts = args.minibatch_prompts * args.group_size, tokens, args.max_completion_length
-        parts = pack(prompts, completions, args.micro_batch_tokens)
-        if args.fsdp:  # every process must make the same number of passes
-            parts = pack(prompts, completions, args.micro_batch_tokens, max(gather(len(parts))))
-        minibatches.append([])
-        for rows in parts:
-            batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], model.device)
-            batch |= {name: x[rows].to(model.device) for name, x in columns.items()}
-            batch["mask"] *= batch["keep"][:, None]
-            batch["weights"] = token_weights(batch["mask"], AGGREGATIONS[args.objective], *counts)
-            batch["tokens"] = tokens
-            for name, policy in (("old_log_probs", model), ("ref_log_probs", reference)):
-                if policy is not None:
-                    batch[name], _ = token_log_probs(policy, batch, args.sampling_temperature, entropy=False)
-            if args.generator == "vllm":  # its probabilities differ a little: importance weights, at most 2
-                theirs = nn.utils.rnn.pad_sequence([torch.tensor(sampled[i]) for i in rows], batch_first=True)
-                batch["weights"] *= (batch["old_log_probs"] - theirs.to(model.device)).exp().clamp(max=2)
-            minibatches[-1].append(batch)
-    return minibatches
+    scale = "none" if args.objective == "dr_grpo" else args.scale_rewards
+    for group, advantages in zip(groups, group_advantages(rewards, scale)):
+        group["advantages"] = advantages
+    size = args.minibatch_prompts // WORLD_SIZE
+    return [make_minibatch(model, reference, groups[i : i + size], args) for i in range(0, len(groups), size)]
+
+
+@torch.no_grad()
+def make_minibatch(model, reference, groups, args):
+    """A list of micro-batches, dicts of tensors [B, T] and [B].
+
+    The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1: GBPO's
+    loss has its kink there, and noise would turn into gradient.
+    """
+    prompts = [group["problem"]["ids"] for group in groups for _ in group["completions"]]
+    completions, sampled = ([x for group in groups for x in group[name]] for name in ("completions", "log_probs"))
+    names = ("truncated", "advantages")
+    columns = {name: torch.cat([group[name] for group in groups]).float() for name in names}
+    keep = 1 - columns.pop("truncated") * args.mask_truncated
+    tokens = max(1.0, sum(gather((keep * torch.tensor([len(x) for x in completions])).sum().item())))
+    counts = args.minibatch_prompts * args.group_size, tokens, args.max_completion_length
+    parts, batches = pack(prompts, completions, args.micro_batch_tokens), []
+    passes = max(gather(len(parts))) if args.fsdp else len(parts)  # FSDP: as many in every process
+    for k in range(passes):
+        rows = parts[k % len(parts)]
+        batch = collate([prompts[i] for i in rows], [completions[i] for i in rows], model.device)
+        batch |= {name: x[rows].to(model.device) for name, x in columns.items()}
+        batch["mask"] *= keep[rows, None].to(model.device) * (k < len(parts))  # what is passed again does not count
+        batch["weights"] = token_weights(batch["mask"], AGGREGATIONS[args.objective], *counts)
+        batch["tokens"] = tokens
+        for name, policy in (("old_log_probs", model), ("ref_log_probs", reference)):
+            if policy is not None:
+                batch[name], _ = token_log_probs(policy, batch, args.sampling_temperature, entropy=False)
+        if args.generator == "vllm":  # its probabilities differ a little: importance weights, at most 2
+            theirs = nn.utils.rnn.pad_sequence([torch.tensor(sampled[i]) for i in rows], batch_first=True)
+            batch["weights"] *= (batch["old_log_probs"] - theirs.to(model.device)).exp().clamp(max=2)
+        batches.append(batch)
+    return batches
 
 
 class Learner:
@@ -974,8 +929,7 @@ class Learner:
 
     def copy_to_model(self):
         for weight, master in zip(self.weights, self.masters):
-            if weight.dtype != master.dtype:
-                weight.detach().copy_(master)
+            weight.detach().copy_(master)
 
     def state_dict(self):
         """Whole tensors on the CPU, for which all processes are needed; only the first gets them."""
@@ -996,13 +950,12 @@ def update(model, learner, minibatches, step, generator, args):
     """Epochs of gradient steps: the statistics' means, and the last epoch's ratios [tokens], each before its step."""
     totals = Counter()
     for _ in range(args.update_epochs):
-        ratios, masks = [], []
+        ratios = []
         for i in torch.randperm(len(minibatches), generator=generator).tolist():
             for batch in minibatches[i]:
                 loss, stats, ratio = minibatch_loss(model, batch, args)
                 loss.backward()
-                ratios.append(ratio.detach().flatten())
-                masks.append(batch["mask"].flatten())
+                ratios.append(ratio.detach()[batch["mask"] > 0])
                 totals.update({name: x.detach() for name, x in stats.items()})
             learning_rate = learner.learning_rate(step)
             totals["grad_norm"] += learner.step(learning_rate) / WORLD_SIZE  # of which the sum is taken below
@@ -1010,7 +963,7 @@ def update(model, learner, minibatches, step, generator, args):
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = sums / (args.update_epochs * len(minibatches))
-    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))
+    ratios = torch.cat(gather(torch.cat(ratios).cpu()))
     return dict(zip(totals, means.tolist())) | {"learning_rate": learning_rate}, ratios
 
 
@@ -1038,16 +991,13 @@ def evaluate(sampler, problems, args):
     """Figures of held-out problems, sampled with the same noise every time."""
     problems, generator = problems[: args.eval_problems], make_generator("evaluation")
     uniforms = torch.rand(len(problems), args.eval_samples, args.max_completion_length, generator=generator)
-    mine, sums = problems[RANK::WORLD_SIZE], torch.zeros(4)
-    if mine:
-        groups = sampler(mine, uniforms[RANK::WORLD_SIZE], args.eval_temperature, args.eval_top_p)
-        scores, majority = true_rewards(groups, args), []
-        for group, score in zip(groups, scores.tolist()):
-            keys = [x.strip() if args.reward_fn else extract_answer(x, args.reward) for x in group["texts"]]
-            vote = majority_vote(keys)
-            majority.append([0.0 if vote is None else score[keys.index(vote)]])
-        lengths, truncated = (torch.stack([group[name] for group in groups]) for name in ("lengths", "truncated"))
-        sums = torch.stack([x.mean(1).sum() for x in (scores, torch.tensor(majority), lengths, truncated)])
+    mine, sums = problems[RANK::WORLD_SIZE], torch.zeros(4).double()
+    groups = sampler(mine, uniforms[RANK::WORLD_SIZE], args.eval_temperature, args.eval_top_p) if mine else []
+    for group, scores in zip(groups, true_rewards(groups, args) if mine else []):
+        keys = [x.strip() if args.reward_fn else extract_answer(x, args.reward) for x in group["texts"]]
+        vote = majority_vote(keys)
+        best = torch.tensor(0.0) if vote is None else scores[keys.index(vote)]
+        sums += torch.stack([scores.mean(), best, group["lengths"].mean(), group["truncated"].mean()])
     names = ("pass@1", f"maj@{args.eval_samples}", "mean_length", "clipped_ratio")
     return dict(zip(names, (sum(gather(sums)) / len(problems)).tolist()))
 
@@ -1059,14 +1009,17 @@ def train(args):
         device = start_processes(args)
         model, tokenizer = make_model(args, device)
         problems, held_out = make_problems(args, tokenizer)
-        check_functions(problems + held_out, args)
+        for name in args.reward_fn:
+            load_function(name)
         check_sizes(model, tokenizer, problems + held_out, args)
         engine = make_vllm(args, device) if args.generator == "vllm" else None
         if not args.model and (args.kl_coef or not run.saved):  # a resumed run needs it for the reference only
             warm_up(model, tokenizer, problems, args)
         reference = copy.deepcopy(model) if args.kl_coef else None
-        for whole in filter(None, (model, reference) if args.fsdp else ()):
-            shard(whole, device)
+        if args.fsdp:
+            shard(model, device)
+        if args.fsdp and reference:
+            shard(reference, device)
         learner = Learner(model, args)
         run.begin(learner, problems + held_out)  # restores it, or makes the folder: all is known to fit by now
         sampler = functools.partial(sample, model, engine, tokenizer, args)
@@ -1207,11 +1160,10 @@ class Run(ExitStack):
         """Locks the folder and reads the checkpoint, if this is to resume a run."""
         if self.args.resume is not None:
             self.dir = Path(self.args.resume)
-            load_run(self.dir, "checkpoint.pt")
-            if RANK == 0:
+            if RANK == 0 and self.dir.exists():
                 self.enter_context(FileLock(self.dir / "lock", timeout=0))
             with serialization.config.patch("load.mmap", True):  # a process reads only what it needs
-                _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
+                _, self.saved = load_run(self.dir, "checkpoint.pt")
             self.step = self.saved["step"]
             if self.step >= self.args.total_timesteps and (self.dir / "model").exists():
                 raise BadInput(f"{self.dir} is complete: to go on, add a larger --total-timesteps")
@@ -1221,11 +1173,9 @@ class Run(ExitStack):
         if self.stopping and isinstance(error, Exception):  # of a library that Ctrl-C has reached as well
             raise SystemExit(self.stop_message()) from None
         if self.learner and out_of_memory(error):
-            sampling = any(frame.name == "sample" for frame in traceback.extract_tb(trace))
-            name = "generation_batch_size" if sampling else "micro_batch_tokens"
-            less = f"--{name.replace('_', '-')}={max(1, getattr(self.args, name) // 2)}"
+            less = "lower --generation-batch-size, for sampling, or --micro-batch-tokens, for learning"
             saved = (self.dir / "checkpoint.pt").exists()
-            raise SystemExit(f"error: out of memory; {self.command(less) if saved else 'start with ' + less}") from None
+            raise SystemExit(f"error: out of memory: {less}{'; ' + self.command() if saved else ''}") from None
 
     def begin(self, learner, problems):
         """Restores the learner, or makes the folder; opens the logs. The problems must be those that the run had."""
@@ -1309,14 +1259,17 @@ class Run(ExitStack):
         if RANK > 0:
             return
         for reward, length in zip(stats["reward"].flatten().tolist(), stats["length"].flatten().tolist()):
-            self.write("episodes.csv", step, {"return": reward, "length": length}, None)
+            self.write("episodes.csv", step, {"return": reward, "length": length})
         sps = (step - self.first_step) / (time.time() - self.start_time)
-        self.write("metrics.csv", step, metrics | {"charts/SPS": sps})
-        samples = [x["problem"]["row"] | {"step": step, "completion": x["texts"][0]} for x in groups[:4]]
-        samples = [x | {"reward": group["rewards"][0].item()} for x, group in zip(samples, groups)]
-        lines = [json.dumps(x, default=str) for x in samples]
-        self.logs["completions.jsonl"].write("\n".join(lines) + "\n")
-        self.writer.add_text("completions", "\n\n".join(f"    {line}" for line in lines), step)
+        metrics |= {"charts/SPS": sps}
+        self.write("metrics.csv", step, metrics)
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        for i, group in enumerate(groups[:4]):
+            own = {"step": step, "completion": group["texts"][0], "reward": group["rewards"][0].item()}
+            line = json.dumps(group["problem"]["row"] | own, default=str)
+            self.logs["completions.jsonl"].write(line + "\n")
+            self.writer.add_text(f"completions/{i}", "    " + line, step)
         live, left = os.isatty(1), max(self.args.total_timesteps - step, 0) / sps
         if live or time.time() - self.line_time > 30:
             line = f"step {step}, {sps:.0f} completions/s, reward {metrics['reward']:.3f}, {left:.0f} s left    "
@@ -1329,16 +1282,16 @@ class Run(ExitStack):
         text = ", ".join(f"{name} {x:.3f}" for name, x in result.items())
         say(f"step {self.step}, {where}: {text.replace('pass@1', 'reward') if self.args.reward_fn else text}")
         if RANK == 0:
-            self.write("evaluations.csv", self.step, result, "eval/")
+            self.write("evaluations.csv", self.step, result)
+            for name, value in result.items():
+                self.writer.add_scalar(f"eval/{name}", value, self.step)
 
-    def write(self, log, step, row, prefix=""):
-        """Adds a row to a CSV file, after a header if it is the first, and to TensorBoard unless prefix is None."""
+    def write(self, log, step, row):
+        """Adds a row to a CSV file, after a header if it is the first."""
         file = self.logs[log]
         if file.tell() == 0:
             file.write(",".join(["step", *row]) + "\n")
         file.write(",".join([str(step), *(f"{x:.8g}" for x in row.values())]) + "\n")
-        for name, value in row.items() if prefix is not None else ():
-            self.writer.add_scalar(prefix + name, value, step)
 
     def save(self, seconds=0):
         """Writes the checkpoint if the last is so old. BrokenRun, and that one stays, if a weight is not finite."""
@@ -1372,9 +1325,9 @@ class Run(ExitStack):
     def stop_message(self):
         return f"stopped at step {self.step}; {self.command()}"
 
-    def command(self, *more):
+    def command(self):
         launcher = ["torchrun", f"--nproc-per-node={LOCAL_WORLD_SIZE}"] if WORLD_SIZE > 1 else [sys.executable]
-        words = [*launcher, os.path.abspath(__file__), "--resume", str(self.dir.resolve()), *more]
+        words = [*launcher, os.path.abspath(__file__), "--resume", str(self.dir.resolve())]
         words += ["--reward-fn", *self.args.reward_fn] if self.args.reward_fn else []
         return f"go on with: {shlex.join(words)}"
 
@@ -1431,8 +1384,6 @@ def load_run(run_dir, name):
 def read_args(words):
     """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
-    if any(word.startswith("--evaluate") for word in words):
-        raise BadInput("to evaluate a complete run: --model RUN_DIR/model --total-timesteps 0, and its settings")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
     parser.add_argument("--reward-fn", "--reward_fn", nargs="+", default=())

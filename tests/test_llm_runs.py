@@ -422,8 +422,8 @@ def test_out_of_memory_is_one_line_with_the_flag_to_lower(function, flag, warmed
     with pytest.raises(SystemExit) as error:
         train(gbpo, tmp_path, model=warmed, checkpoint_seconds=0)
     (run_dir,) = tmp_path.iterdir()
-    command = f"{sys.executable} {os.path.abspath(gbpo.__file__)} --resume {run_dir} --{flag}"
-    assert str(error.value) == f"error: out of memory; go on with: {command}"
+    command = f"{sys.executable} {os.path.abspath(gbpo.__file__)} --resume {run_dir}"
+    assert re.fullmatch(f"error: out of memory: .*--{flag.split('=')[0]}.*; go on with: {command}", str(error.value))
     monkeypatch.undo()
     resume(gbpo, run_dir, f"--{flag}")
     assert len(read(run_dir / "metrics.csv")) == 4
@@ -754,7 +754,6 @@ def test_processes_start_from_the_same_built_in_model(tmp_path):
         (["--chat-template"], "the built-in model has no chat template"),
         (["--resume", "nowhere"], "cannot use the run nowhere"),
         (["--resume", ""], "cannot use the run "),  # as in --resume "$RUN" where RUN is not set
-        (["--evaluate", "nowhere"], "--model RUN_DIR/model --total-timesteps 0"),
         (["--output-dir", "/proc/none", "--warmup-accuracy", "0"], "choose another --output-dir"),
         (["--eval-dataset", "empty.json"], "no usable row"),
     ],
