@@ -111,6 +111,8 @@ class Args:
     ratio_low: float | None = None  # c_l, in place of 1 - epsilon
     ratio_high: float | None = None  # c_h, in place of 1 + epsilon
     target_temperature: Positive = 1e-4  # lambda of Eq. 9, in units of the advantage
+    # of the target: the group's median (section 4.5), or what makes its targets average to 1 (Theorem 4.1)
+    baseline: Literal["median", "exact"] = "median"
     tv_coef: NonNegative = 0.0  # alpha_1, weight of plain total variation beside the weighted one (Eq. 16)
     # mean over each response, then over all (paper); over tokens (authors' code); sum over the length limit
     aggregation: Literal["response", "token", "constant"] = "response"
@@ -199,6 +201,19 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
     """
     odds = (ratio_high - 1) / (1 - ratio_low)
     return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(odds))
+
+
+def exact_median(advantages, ratio_low, ratio_high, temperature):
+    """The baseline over which a group's targets average to 1, as Corollary 4.7 demands, by bisection: [P, G] -> [P, 1].
+
+    Over the plain median they do not where several rewards are equal to it (Remark 4.3), as 0/1 rewards are.
+    """
+    below, above = advantages.amin(-1, keepdim=True), advantages.amax(-1, keepdim=True)
+    for _ in range(60):  # more would change no digit of a float64
+        middle = (below + above) / 2
+        mean = target_ratio(advantages - middle, ratio_low, ratio_high, temperature).mean(-1, keepdim=True)
+        below, above = middle.where(mean > 1, below), middle.where(mean <= 1, above)
+    return middle
 
 
 def policy_loss(ratio, target, advantage, tv_coef):
@@ -838,9 +853,11 @@ def pack(prompts, completions, budget):
 def make_minibatches(model, reference, groups, args):
     """Minibatches of this process's groups, which stay as they are for all epochs."""
     rewards, (low, high) = torch.stack([group["rewards"] for group in groups]), ratio_bounds(args)
-    both = group_advantages(rewards, (high - 1) / (high - low), args.scale_rewards)
-    for group, advantages, median_advantages in zip(groups, *both):
-        group |= {"advantages": advantages, "median_advantages": median_advantages}
+    advantages, median_advantages = group_advantages(rewards, (high - 1) / (high - low), args.scale_rewards)
+    if args.baseline == "exact":
+        median_advantages = advantages - exact_median(advantages, low, high, args.target_temperature)
+    for group, *both in zip(groups, advantages, median_advantages):
+        group |= dict(zip(("advantages", "median_advantages"), both))
     size = args.minibatch_prompts // WORLD_SIZE
     return [make_minibatch(model, reference, groups[i : i + size], args) for i in range(0, len(groups), size)]
 

@@ -91,6 +91,28 @@ def test_bounds_that_are_not_symmetric_compare_with_their_quantile():
     assert target[0].round().tolist() == [0.0] * 6 + [1.0] + [4.0] * 2
 
 
+@quick
+@given(rewards_strategy, st.sampled_from([(0.8, 1.2), (0.0, 4.0), (0.5, 1.1)]), st.sampled_from([1e-4, 0.3]))
+def test_over_the_exact_baseline_every_groups_targets_average_to_one(rewards, bounds, temperature):
+    """Also as a minibatch holds them, in float32: Theorem 4.1 and Corollary 4.7."""
+    args = gbpo.Args(baseline="exact", ratio_low=bounds[0], ratio_high=bounds[1], target_temperature=temperature)
+    groups = [{"rewards": torch.tensor(group).double()} for group in rewards]
+    kept = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(gbpo, "make_minibatch", lambda model, reference, groups, args: kept.extend(groups))
+        gbpo.make_minibatches(None, None, groups, args)
+    for group in kept:
+        target = gbpo.target_ratio(group["median_advantages"].float().double(), *bounds, temperature)
+        assert target.mean().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_exact_target_of_0_1_rewards_takes_from_the_majority_what_the_minority_gets():
+    advantages = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, 0.5, -1.5], [0.0, 0, 0, 0]]).double()
+    target = gbpo.target_ratio(advantages - gbpo.exact_median(advantages, 0.8, 1.2, 1e-4), 0.8, 1.2, 1e-4)
+    expected = [[1.2, *[1 - 0.2 / 3] * 3], [*[1 + 0.2 / 3] * 3, 0.8], [1.0] * 4]  # 1 - eps p / (1 - p) for a minority
+    assert target.flatten().tolist() == pytest.approx(sum(expected, []), abs=1e-9)
+
+
 @pytest.mark.parametrize("low, high", [(0.0, 1.45), (0.0, 2.9), (0.0, 3.7), (0.52, 1.35), (0.8, 1.2)])
 def test_the_majority_is_held_at_a_ratio_of_exactly_one(low, high, monkeypatch):
     """In float32, too, and whatever the bounds: at ratio 1 the majority's share of the loss is 0, not a rounding."""
@@ -977,7 +999,7 @@ DIFFERENT = {
 
 def test_what_the_siblings_share_is_the_same_text():
     ours, theirs = definitions(gbpo), definitions(grpo)
-    assert set(ours) - set(theirs) == {"target_ratio", "policy_loss"}
+    assert set(ours) - set(theirs) == {"target_ratio", "policy_loss", "exact_median"}
     assert set(theirs) - set(ours) == {f"{name}_loss" for name in OBJECTIVES} | {"mean_log_ratio"}
     assert {name for name in ours if name in theirs and ours[name] != theirs[name]} == set(DIFFERENT)
 
