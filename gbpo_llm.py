@@ -599,8 +599,8 @@ UNIT = rf"{TEXT}\{{ ?(?!(?:.*[ ./])?{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BAR
 PLAIN = [
     (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
     (r"\{,\}", ","),
-    (r"\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", r" \1\2/\3\4 "),
     (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),
+    (r" ?\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?", r" \1\2/\3\4 "),
     (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # the variable that it is the value of
     (rf"(?<=[\w}}) ])(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$", ""),
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
@@ -651,7 +651,7 @@ def last_box(text):
         match = BOX.match(after[:204])
         content = match and (match[1] or match[2])
         if content and content.strip():
-            return "-" * bool(re.search(r"(?:^|[^\w)}\]-])[-−]$", before[-2:])) + content
+            return "-" * bool(re.search(r"(?:^|[^\w)}\]-])[-−]\Z", before[-2:])) + content
     return None
 
 

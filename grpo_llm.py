@@ -187,19 +187,9 @@ def group_advantages(rewards, scale="unbiased"):
 
 
 def grpo_loss(log_ratio, advantage, mask, args):
-    """GRPO: the clipped surrogate, Eq. 96; averaged over each response, then over responses, Eq. 97."""
+    """GRPO: the clipped surrogate, Eq. 96."""
     ratio = log_ratio.exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(*ratio_bounds(args)) * advantage)
-
-
-def dr_grpo_loss(log_ratio, advantage, mask, args):
-    """Dr. GRPO: the same surrogate, Eq. 99, of advantages in units of reward, Eq. 98; a constant divisor, Eq. 100."""
-    return grpo_loss(log_ratio, advantage, mask, args)
-
-
-def dapo_loss(log_ratio, advantage, mask, args):
-    """DAPO: a clip with bounds of its own on each side, Eq. 101; averaged over all tokens, Eq. 102."""
-    return grpo_loss(log_ratio, advantage, mask, args)
 
 
 def gspo_loss(log_ratio, advantage, mask, args):
@@ -218,7 +208,14 @@ def sapo_loss(log_ratio, advantage, mask, args):
     return -4 / tau * torch.sigmoid(tau * (log_ratio.exp() - 1)) * advantage
 
 
-OBJECTIVES = {"grpo": grpo_loss, "dr_grpo": dr_grpo_loss, "dapo": dapo_loss, "gspo": gspo_loss, "sapo": sapo_loss}
+OBJECTIVES = {
+    "grpo": grpo_loss,
+    "dr_grpo": grpo_loss,  # Eq. 99, of advantages in units of reward, Eq. 98
+    "dapo": grpo_loss,  # Eq. 101, with bounds of its own on each side
+    "gspo": gspo_loss,
+    "sapo": sapo_loss,
+}
+# Eq. 97, 100, 102, 109 and 119
 AGGREGATIONS = {"grpo": "response", "dr_grpo": "constant", "dapo": "token", "gspo": "response", "sapo": "response"}
 
 
@@ -237,14 +234,15 @@ def minibatch_loss(model, batch, args):
     log_ratio = (log_probs - batch["old_log_probs"]).clamp(-20, 20)
     ratio, (low, high) = log_ratio.exp(), ratio_bounds(args)
     loss = OBJECTIVES[args.objective](log_ratio, batch["advantages"][:, None], batch["mask"], args)
-    bounded, share = ratio, (mean := batch["mask"] / batch["tokens"])
-    if args.objective == "gspo":  # whose bounds are the responses'
-        bounded, share = mean_log_ratio(log_ratio, batch["mask"]).exp(), batch["weights"]
+    mean = batch["mask"] / batch["tokens"]
     stats = {
-        "clip_ratio/region_mean": (share * ((bounded < low) | (bounded > high))).sum(),
+        "clip_ratio/region_mean": (mean * ((ratio < low) | (ratio > high))).sum(),
         "losses/approx_kl": (mean * (ratio - 1 - log_ratio)).sum(),
         "entropy": (mean * entropy).sum(),
     }
+    if args.objective == "gspo":  # whose bounds are the responses'
+        ratios = mean_log_ratio(log_ratio, batch["mask"]).exp()
+        stats["clip_ratio/region_mean"] = (batch["weights"] * ((ratios < low) | (ratios > high))).sum()
     if args.kl_coef:
         difference = (batch["ref_log_probs"] - log_probs).clamp(-20, 20)
         kl = (difference.exp() - difference - 1).clamp(max=10)  # k3, clamped as in verl
@@ -615,8 +613,8 @@ UNIT = rf"{TEXT}\{{ ?(?!(?:.*[ ./])?{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BAR
 PLAIN = [
     (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
     (r"\{,\}", ","),
-    (r"\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", r" \1\2/\3\4 "),
     (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),
+    (r" ?\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?", r" \1\2/\3\4 "),
     (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # the variable that it is the value of
     (rf"(?<=[\w}}) ])(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$", ""),
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
@@ -667,7 +665,7 @@ def last_box(text):
         match = BOX.match(after[:204])
         content = match and (match[1] or match[2])
         if content and content.strip():
-            return "-" * bool(re.search(r"(?:^|[^\w)}\]-])[-−]$", before[-2:])) + content
+            return "-" * bool(re.search(r"(?:^|[^\w)}\]-])[-−]\Z", before[-2:])) + content
     return None
 
 
