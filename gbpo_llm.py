@@ -586,22 +586,24 @@ def make_problems(args, tokenizer):
 # A completion is untrusted text: it is matched by bounded expressions, or given a second of math-verify; never run.
 WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {ord("−"): "-"}  # full-width characters
 TEXT = r"\\(?:text|math|mbox)(?:rm|bf|it)? ?"
-NO_UNIT = r"(?:[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fifth|tenth|(?:[a-ikx-z]|pi|or|and)\b)"
+# What follows a number without being its unit: words for numbers, and variables.
+NO_UNIT = r"[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fourth|fifth|tenth"
+NO_UNIT = rf"(?:.*[ ./])?(?:{NO_UNIT}|(?:[a-fikx-z]|pi|or|and|mod|base)\b)"
 BARE_UNIT = "[cmk]m|kg|degrees?|dollars?|cents?|units?|inches|feet|miles?|hours?|minutes?|days?|years?"
-UNIT = rf"{TEXT}\{{ ?(?!(?:.*[ ./])?{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
+UNIT = rf"{TEXT}\{{ ?(?!{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
 PLAIN = [
     (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
     (r"\{,\}", ","),
-    (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),
+    (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),  # spaces, and what is like one
     (r" ?\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?", r" \1\2/\3\4 "),
-    (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # the variable that it is the value of
+    (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # x = 5
     (rf"(?<=[\w}}) ])(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$", ""),
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
 ]
 NUMBER = re.compile(
-    r"([+-]?) ?(?:([0-9]{1,40}) (?=[0-9]+/))?"  # of a mixed number the integer
-    r"([0-9]{1,40}|[0-9]{1,3}(?:(?:,[0-9]{3}){1,12}|(?: [0-9]{3}){1,12})|(?=\.[0-9]))"
-    r"(\.[0-9]{0,40})?(?: ?/ ?([0-9]{1,40}))?"
+    r"([+-]?) ?(?:([0-9]{1,40}) (?=[0-9]+/))?"  # the sign; the whole part of a mixed number
+    r"([0-9]{1,40}|[0-9]{1,3}(?:(?:,[0-9]{3}){1,12}|(?: [0-9]{3}){1,12})|(?=\.[0-9]))"  # 1000, 1,000 or 1 000
+    r"(\.[0-9]{0,40})?(?: ?/ ?([0-9]{1,40}))?"  # the decimals; the divisor
 )
 BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # three more within these
 BOX = re.compile(rf"\s{{0,3}}(?:{BRACES}|([0-9.,/+-]{{0,40}}[0-9]))")
