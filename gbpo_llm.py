@@ -407,17 +407,14 @@ def generate(model, prompts, uniforms, stop_ids, temperature, top_p, batch_size)
     return completions
 
 
-def make_vllm(args, device):
-    """A vLLM engine on this process's device. BadInput if vLLM is not installed, or not for that device."""
+def make_vllm(args):
+    """A vLLM engine on this process's device. BadInput if vLLM is not installed."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that it takes weights from it
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
-        import vllm.platforms
+        import vllm
     except ImportError:
         raise BadInput("vLLM is not installed: see requirements-vllm.txt, or leave out --generator") from None
-    platform = vllm.platforms.current_platform
-    if not (platform.is_cpu() if device.type == "cpu" else platform.is_cuda_alike()):
-        raise BadInput(f"this vLLM does not support {device.type}: see requirements-vllm.txt")
     settings = dict(gpu_memory_utilization=args.vllm_memory, dtype=args.dtype, logprobs_mode="processed_logprobs")
     settings |= dict(max_model_len=args.max_prompt_length + args.max_completion_length, seed=args.seed + RANK)
     launcher = "external_launcher" if WORLD_SIZE > 1 else "uni"
@@ -533,11 +530,8 @@ def true_answer(value, reward):
     return parse_number(text) if reward == "exact" else answer_key(text)
 
 
-def usable_problems(rows, source, args, tokenizer, answers=True):
-    """Problems (dicts) of the rows that are good; others are named and counted. BadInput if there are none.
-
-    answers: whether a row needs one.
-    """
+def usable_problems(rows, source, args, tokenizer):
+    """Problems (dicts) of the rows that are good; others are named and counted. BadInput if there are none."""
     problems, bad = [], []
     for i, row in enumerate(rows):
         row = row if isinstance(row, dict) else {}
@@ -548,7 +542,7 @@ def usable_problems(rows, source, args, tokenizer, answers=True):
             ids = encode(prompt, args, tokenizer)
             if not 0 < len(ids) <= args.max_prompt_length:
                 raise ValueError(f"a prompt of {len(ids)} tokens")
-            if answer is None and answers and not args.reward_fn:
+            if answer is None and args.reward != "majority" and not args.reward_fn:  # votes need none
                 raise ValueError(f"no {'number as its ' * (args.reward == 'exact')}answer")
             problems.append({"row": row, "prompt": prompt, "ids": ids, "answer": answer})
         except ValueError as error:
@@ -590,16 +584,15 @@ def addition_rows():
 def make_problems(args, tokenizer):
     """Problems to train on and held-out ones: two lists."""
     if args.dataset:
-        labelled = args.reward != "majority"  # whose votes need no answers
-        problems = usable_problems(read_rows(args.dataset), args.dataset, args, tokenizer, answers=labelled)
-        held_out = [x for x in problems if x["answer"] is not None or args.reward_fn]
+        problems = held_out = usable_problems(read_rows(args.dataset), args.dataset, args, tokenizer)
     else:
-        rows, source = addition_rows(), "the built-in task"
-        problems, held_out = (usable_problems(x, source, args, tokenizer) for x in (rows[500:], rows[:500]))
+        sums = usable_problems(addition_rows(), "the built-in task", args, tokenizer)
+        problems, held_out = sums[500:], sums[:500]
     if args.eval_dataset:
         held_out = usable_problems(read_rows(args.eval_dataset), args.eval_dataset, args, tokenizer)
+    held_out = [x for x in held_out if x["answer"] is not None or args.reward_fn]
     if not held_out:
-        raise BadInput(f"{args.dataset} has no answers to evaluate with: pass --eval-dataset")
+        raise BadInput(f"{args.eval_dataset or args.dataset} has no answers to evaluate with: pass --eval-dataset")
     if args.fsdp and min(len(held_out), args.eval_problems) < WORLD_SIZE:
         raise BadInput(f"--fsdp needs a held-out problem for each of the {WORLD_SIZE} processes")
     return problems, held_out
@@ -608,22 +601,24 @@ def make_problems(args, tokenizer):
 # A completion is untrusted text: it is matched by bounded expressions, or given a second of math-verify; never run.
 WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {ord("−"): "-"}  # full-width characters
 TEXT = r"\\(?:text|math|mbox)(?:rm|bf|it)? ?"
-NO_UNIT = r"(?:[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fifth|tenth|(?:[a-ikx-z]|pi|or|and)\b)"
+# What follows a number without being its unit: words for numbers, and variables.
+NO_UNIT = r"[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fourth|fifth|tenth"
+NO_UNIT = rf"(?:.*[ ./])?(?:{NO_UNIT}|(?:[a-fikx-z]|pi|or|and|mod|base)\b)"
 BARE_UNIT = "[cmk]m|kg|degrees?|dollars?|cents?|units?|inches|feet|miles?|hours?|minutes?|days?|years?"
-UNIT = rf"{TEXT}\{{ ?(?!(?:.*[ ./])?{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
+UNIT = rf"{TEXT}\{{ ?(?!{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
 PLAIN = [
     (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
     (r"\{,\}", ","),
-    (r"\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9]))", r" \1\2/\3\4 "),
-    (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),
-    (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # the variable that it is the value of
+    (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),  # spaces, and what is like one
+    (r" ?\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?", r" \1\2/\3\4 "),
+    (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # x = 5
     (rf"(?<=[\w}}) ])(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$", ""),
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
 ]
 NUMBER = re.compile(
-    r"([+-]?) ?(?:([0-9]{1,40}) (?=[0-9]+/))?"  # of a mixed number the integer
-    r"([0-9]{1,40}|[0-9]{1,3}(?:(?:,[0-9]{3}){1,12}|(?: [0-9]{3}){1,12})|(?=\.[0-9]))"
-    r"(\.[0-9]{0,40})?(?: ?/ ?([0-9]{1,40}))?"
+    r"([+-]?) ?(?:([0-9]{1,40}) (?=[0-9]+/))?"  # the sign; the whole part of a mixed number
+    r"([0-9]{1,40}|[0-9]{1,3}(?:(?:,[0-9]{3}){1,12}|(?: [0-9]{3}){1,12})|(?=\.[0-9]))"  # 1000, 1,000 or 1 000
+    r"(\.[0-9]{0,40})?(?: ?/ ?([0-9]{1,40}))?"  # the decimals; the divisor
 )
 BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # three more within these
 BOX = re.compile(rf"\s{{0,3}}(?:{BRACES}|([0-9.,/+-]{{0,40}}[0-9]))")
@@ -666,7 +661,7 @@ def last_box(text):
         match = BOX.match(after[:204])
         content = match and (match[1] or match[2])
         if content and content.strip():
-            return "-" * bool(re.search(r"(?:^|[^\w)}\]-])[-−]$", before[-2:])) + content
+            return "-" * bool(re.search(r"(?:^|[^\w)}\]-])[-−]\Z", before[-2:])) + content
     return None
 
 
@@ -1013,7 +1008,7 @@ def train(args):
         for name in args.reward_fn:
             load_function(name)
         check_sizes(model, tokenizer, problems + held_out, args)
-        engine = make_vllm(args, device) if args.generator == "vllm" else None
+        engine = make_vllm(args) if args.generator == "vllm" else None
         if not args.model and (args.kl_coef or not run.saved):  # a resumed run needs it for the reference only
             warm_up(model, tokenizer, problems, args)
         reference = copy.deepcopy(model) if args.kl_coef else None
@@ -1180,9 +1175,8 @@ class Run(ExitStack):
 
     def begin(self, learner, problems):
         """Restores the learner, or makes the folder; opens the logs. The problems must be those that the run had."""
-        self.learner, args, data = learner, self.args, 0
-        for problem in problems:
-            data = zlib.crc32(repr(problem["row"]).encode(errors="surrogatepass"), data)
+        self.learner, args = learner, self.args
+        data = zlib.crc32(repr([x["row"] for x in problems]).encode(errors="surrogatepass"))
         if args.track and RANK == 0:
             import wandb
 

@@ -771,7 +771,7 @@ def test_vllm_is_imported_only_when_asked_for(monkeypatch):
     assert "vllm" not in sys.modules and "trl" not in sys.modules
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(gbpo.BadInput, match="vLLM is not installed"):
-        gbpo.make_vllm(gbpo.Args(generator="vllm", model="x"), torch.device("cpu"))
+        gbpo.make_vllm(gbpo.Args(generator="vllm", model="x"))
 
 
 VLLM_RUN = """
