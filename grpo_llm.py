@@ -102,6 +102,7 @@ class Args:
     max_prompt_length: PositiveInt = 512  # tokens; longer prompts are left out
     max_completion_length: PositiveInt = 4  # tokens; longer completions are cut off
     stop: tuple[str, ...] = ()  # texts of one token each that end a completion as the model's own stop tokens do
+    keep_special_tokens: bool = False  # leave special tokens in the text that is rewarded, as <think> may be one
     sampling_temperature: Positive = 1.0  # of the policy, while sampling and while learning
     clip_coef: Positive = 0.2  # epsilon: the ratio's bounds are 1 -+ epsilon
     ratio_low: float | None = None  # lower bound of the clip, in place of 1 - epsilon
@@ -455,10 +456,13 @@ def check_sizes(model, tokenizer, problems, args):
     if largest >= len(embedding.weight):
         raise BadInput(f"a prompt has token {largest}, and the model knows {len(embedding.weight)}: another tokenizer?")
     longest = max(len(problem["ids"]) for problem in problems) + args.max_completion_length
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-    if longest > limit:
-        message = f"prompts and completions of up to {longest} tokens, and the model knows {limit} positions"
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or longest
+    message = f"prompts and completions of up to {longest} tokens, and the model knows {limit} positions"
+    if longest > limit and not getattr(config, "rope_parameters", None):  # a table of positions ends, rotary ones go on
         raise BadInput(f"{message}: lower --max-prompt-length or --max-completion-length")
+    if longest > limit:
+        say(f"warning: {message} from its training")
 
 
 def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_p):
@@ -476,7 +480,7 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
     columns = {
         "completions": completions,
         "log_probs": log_probs,
-        "texts": tokenizer.batch_decode(bare, skip_special_tokens=True),
+        "texts": tokenizer.batch_decode(bare, skip_special_tokens=not args.keep_special_tokens),
         "lengths": torch.tensor([len(x) for x in completions]).double(),
         "truncated": torch.tensor([x[-1] not in stop_ids for x in completions]).double(),
     }
@@ -597,7 +601,7 @@ def make_problems(args, tokenizer):
     return problems, held_out
 
 
-# A completion is untrusted text: it is matched by bounded expressions, or given a second of math-verify; never run.
+# A completion is untrusted text: it is matched by bounded expressions, or given seconds of math-verify; never run.
 WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {ord("−"): "-"}  # full-width characters
 TEXT = r"\\(?:text|math|mbox)(?:rm|bf|it)? ?"
 # What follows a number without being its unit: words for numbers, and variables.
@@ -674,7 +678,7 @@ def extract_answer(text, reward):
 
 @functools.lru_cache(100_000)
 def same_answer(answer, truth):
-    """Whether two keys are the same answer: two numbers exactly; else math-verify has a second for each step."""
+    """Whether two keys are the same answer: two numbers exactly; else math-verify has three seconds for each step."""
     texts = [x for x in (answer, truth) if isinstance(x, str)]
     if answer is None or truth is None or answer == truth or not texts:
         return answer is not None and answer == truth
@@ -687,8 +691,8 @@ def same_answer(answer, truth):
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     try:
-        parsed = [math_verify.parse(f"${x}$", parsing_timeout=1) for x in (truth, answer)]
-        return bool(math_verify.verify(*parsed, timeout_seconds=1))
+        parsed = [math_verify.parse(f"${x}$", parsing_timeout=3) for x in (truth, answer)]
+        return bool(math_verify.verify(*parsed, timeout_seconds=3))
     except (Exception, TimeoutException):  # what it cannot read is not the answer
         return False
 

@@ -733,15 +733,16 @@ def test_stop_tokens_are_those_of_tokenizer_generation_config_and_flag(script, t
 
 
 @SCRIPTS
-def test_the_text_lacks_the_stop_token_and_special_ones(script, tiny):
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_text_lacks_the_stop_token_and_has_special_ones_if_asked_for(script, tiny, keep):
     model, tokenizer = tiny
-    args = script.Args(stop=("=", "+"))
+    args = script.Args(stop=("=", "+"), keep_special_tokens=keep)
     uniforms = torch.rand(1, 40, 6, generator=torch.Generator().manual_seed(0))
     (group,) = script.sample(model, None, tokenizer, args, [{"ids": PROMPTS[0]}], uniforms, 1.0, 1.0)
     ended = [x for x in group["completions"] if x[-1] in (12, 13)]
     assert ended and any(0 in x for x in group["completions"])
     for ids, text in zip(group["completions"], group["texts"]):
-        kept = [x for x in (ids[:-1] if ids[-1] in (1, 12, 13) else ids) if x]
+        kept = [x for x in (ids[:-1] if ids[-1] in (1, 12, 13) else ids) if x or keep]
         assert text == tokenizer.decode(kept)
         assert not {"+", "=", "<eos>"} & set(re.findall("<eos>|.", text))
 
@@ -757,16 +758,22 @@ def sized(kind, **own):
 
 @SCRIPTS
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
-def test_what_does_not_fit_the_models_tables_is_noticed_before_sampling(script, kind, tiny):
+def test_what_does_not_fit_the_models_tables_is_noticed_before_sampling(script, kind, tiny, capsys):
+    """A table of positions ends; rotary positions go on, which gets a warning."""
     own = dict(max_position_embeddings=8) | (dict(word_embed_proj_dim=32, ffn_dim=32) if kind == "opt" else {})
     model = sized(kind, **own)
     problems, args = [{"ids": [3, 4, 5, 6, 7]}], script.Args(max_completion_length=3)
     script.check_sizes(model, tiny[1], problems, args)
     with pytest.raises(script.BadInput, match="a prompt has token 20, and the model knows 20"):
         script.check_sizes(model, tiny[1], [{"ids": [20]}], args)
+    assert not capsys.readouterr().out
     problems[0]["ids"].append(8)
-    with pytest.raises(script.BadInput, match="up to 9 tokens, and the model knows 8 positions: lower --max"):
+    if kind == "llama":
         script.check_sizes(model, tiny[1], problems, args)
+        assert "warning: prompts and completions of up to 9 tokens, and the model knows 8" in capsys.readouterr().out
+    else:
+        with pytest.raises(script.BadInput, match="up to 9 tokens, and the model knows 8 positions: lower --max"):
+            script.check_sizes(model, tiny[1], problems, args)
 
 
 LAYERS = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=4)
