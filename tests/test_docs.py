@@ -36,7 +36,7 @@ def test_line_references_show_the_code_they_name(page):
         assert code in (page.parent / file).read_text().splitlines()[int(line) - 1], (code, line)
 
 
-PAIRS = {"bpo_continuous_action.md", "bpo_atari_envpool.md", "bpo_locomotion.md"}
+PAIRS = {"bpo_continuous_action.md", "bpo_atari_envpool.md", "bpo_locomotion.md", "gbpo_llm.md"}
 LIMITS = dict.fromkeys(PAIRS | {"results.md", "benchmark.md"}, 150) | {"README.md": 120}
 
 
