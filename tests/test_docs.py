@@ -36,6 +36,18 @@ def test_line_references_show_the_code_they_name(page):
         assert code in (page.parent / file).read_text().splitlines()[int(line) - 1], (code, line)
 
 
+PAIRS = {"bpo_continuous_action.md", "bpo_atari_envpool.md", "bpo_locomotion.md", "gbpo_llm.md"}
+LIMITS = dict.fromkeys(PAIRS | {"results.md", "benchmark.md"}, 150) | {"README.md": 120}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name in LIMITS], ids=lambda page: page.name)
+def test_pages_are_short_and_those_of_pairs_have_the_same_headings(page):
+    text = page.read_text()
+    assert len(text.splitlines()) <= LIMITS[page.name]
+    if page.name in PAIRS:
+        assert re.findall("^## (.+)", text, re.M) == ["Use", "Metrics", "Details", "Results", "Not done"]
+
+
 def test_ci_runs_the_test_command_of_the_readme():
     command = re.search(r"python (-m pytest[^\n`]*)", (ROOT / "README.md").read_text()).group(1)
     assert command in (ROOT / ".ci" / "run").read_text()
