@@ -79,6 +79,7 @@ class Args:
     env_id: str = "addition"  # the task's name: sums are built in
     dataset: Name | None = None  # .json, .jsonl or .parquet file, or ID, ID:SPLIT or ID:CONFIG:SPLIT on the Hub
     eval_dataset: Name | None = None  # held-out problems, in the same forms; default: those of --dataset
+    train_problems: PositiveInt | None = None  # the first so many only; default: all
     prompt_column: Name | None = None  # a.b: b of column a; default: prompt, problem or question
     answer_column: Name | None = None  # default: answer, reward_model.ground_truth, ground_truth or solution
     model: Name | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
@@ -1012,6 +1013,7 @@ def train(args):
         engine = make_vllm(args) if args.generator == "vllm" else None
         if not args.model and (args.kl_coef or not run.saved):  # a resumed run needs it for the reference only
             warm_up(model, tokenizer, problems, args)
+        problems = problems[: args.train_problems]
         reference = copy.deepcopy(model) if args.kl_coef else None
         if args.fsdp:
             shard(model, device)
