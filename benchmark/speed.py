@@ -5,20 +5,11 @@
     python benchmark/speed.py --pair continuous --programs bpo_continuous_action "bpo_continuous_action --no-compile"
     python benchmark/speed.py --pair mjlab --device cuda --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096
 
-All programs of a pair run round by round, pinned to the same cores. A figure is steps (llm: completion tokens) per
-second of wall time after the warm-up: acting, simulation, learning and logging. A ratio is to the peer in the same
-round. Imports, compilation and the end are given apart.
-
-pair        peer, with the same task, networks and settings
-continuous  Stable-Baselines3's PPO (MlpPolicy, make_vec_env): 4 environments, 512 steps, 10 epochs
-atari       Stable-Baselines3's PPO (CnnPolicy, make_atari_env): 8 environments, 128 steps, minibatches of 256, 4 epochs
-llm         TRL's GRPOTrainer: the same model, prompts, batches and lengths; without evaluations and checkpoints
-locomotion  the bare simulator
-mjlab       RSL-RL's PPO (pip install -r requirements-mjlab.txt), its logging off: 24 steps, 4 minibatches; BPO has 10
-            epochs in place of 5 and a third network, as in the paper
+All programs of a pair (see speed.toml) run round by round, pinned to the same cores. A figure is steps (llm: completion
+tokens) per second of wall time after the warm-up: acting, simulation, learning and logging. A ratio is to the peer in
+the same round. Imports, compilation and the end are given apart.
 """
 
-import importlib.util
 import itertools
 import json
 import os
@@ -28,14 +19,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import tomllib
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+PAIRS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+PAIRS = {name: SimpleNamespace(**pair) for name, pair in PAIRS.items()}
 HEADINGS = {"hidden_size": "network", "minibatch_size": "minibatch"}  # of the settings in speed.md
 
 
@@ -191,95 +187,8 @@ def peer_mjlab(case):
     return [(warm_up * size, start)] * (warm_up + 1) + [(case["iterations"] * size, time.perf_counter())]
 
 
-# --- the pairs
-
-
-@dataclass
-class Pair:
-    peer: str  # its name in the table
-    ratio: str  # heading of the ratio to it
-    run_peer: Callable  # case -> points
-    flags: str  # of all scripts
-    steps: int  # per iteration (and environment, if there is --num-envs)
-    programs: tuple[str, ...]  # scripts with flags
-    defaults: dict  # of the command line
-    warm_up: int  # iterations
-    folder: str  # in benchmark/results
-    columns: tuple[str, ...] = ()  # of speed.json
-    needs: tuple[str, ...] = ()  # the peer's modules
-    unit: str = "steps"
-    rate: str = "steps_per_second"  # in speed.json
-
-
-SB3 = dict(peer="stable-baselines3", ratio="times SB3")
-LOCOMOTION_FLAGS = (" --matmul-precision highest", "", " --compile", " --bf16", " --bf16 --compile")
-MJLAB = dict(env_id="Mjlab-Cartpole-Balance", num_envs=512, hidden_sizes=(512, 256, 128), device="cpu")
-PAIRS = {
-    "continuous": Pair(
-        **SB3,
-        run_peer=peer_continuous,
-        flags="--env-id={env_id} --hidden-size={hidden_size} --minibatch-size={minibatch_size}",
-        steps=2048,
-        programs=("bpo_continuous_action", "ppo_continuous_action", "bpo_continuous_action --no-compile"),
-        defaults=dict(iterations=20, env_id="Hopper-v4", hidden_sizes=(64, 256), minibatch_sizes=(32, 64)),
-        warm_up=5,
-        folder="speed",
-        columns=("hidden_size", "minibatch_size"),
-        needs=("stable_baselines3",),
-    ),
-    "atari": Pair(
-        **SB3,
-        run_peer=peer_atari,
-        flags="--env-id={env_id} --update-epochs=4 --device=cpu",
-        steps=1024,
-        programs=tuple(f"{x}_atari_envpool{y}" for y in ("", " --bf16") for x in ("bpo", "ppo")),
-        defaults=dict(iterations=12, env_id="Breakout-v5"),
-        warm_up=2,
-        folder="atari_speed",
-        columns=("env_id", "cores"),
-        needs=("stable_baselines3", "ale_py", "cv2"),
-    ),
-    "llm": Pair(
-        peer="trl",
-        ratio="times TRL",
-        run_peer=peer_llm,
-        flags="--model={model} --device=cpu --eval-interval=1000 --checkpoint-seconds=1000",
-        steps=512,
-        programs=("gbpo_llm", "grpo_llm"),
-        defaults=dict(iterations=20),
-        warm_up=3,
-        folder="llm_speed",
-        needs=("trl",),
-        unit="completion tokens",
-        rate="tokens_per_second",
-    ),
-    "locomotion": Pair(
-        peer="simulator",
-        ratio="over the bare simulator",
-        run_peer=peer_locomotion,
-        flags="--env-id={env_id} --num-envs={num_envs}",
-        steps=23,  # of 24, without those that only reset a robot
-        programs=tuple(f"{x}_locomotion{y}" for x in ("bpo", "ppo") for y in LOCOMOTION_FLAGS),
-        defaults=dict(iterations=25, env_id="Go1JoystickRoughTerrain-v1", num_envs=128),
-        warm_up=5,
-        folder="locomotion_speed",
-        columns=("env_id", "num_envs", "cores"),
-    ),
-    "mjlab": Pair(
-        peer="RSL-RL PPO",
-        ratio="times RSL-RL",
-        run_peer=peer_mjlab,
-        flags="--env-id={env_id} --num-envs={num_envs} --device={device} --hidden-sizes {layers} --{norm_obs}"
-        " --init-std=1.0 --learning-rate=1e-3",
-        steps=24,
-        programs=tuple(f"{x}_locomotion{y}" for x in ("ppo", "bpo") for y in ("", " --compile", " --bf16 --compile")),
-        defaults=dict(iterations=25, **MJLAB),
-        warm_up=5,
-        folder="mjlab_speed",
-        columns=(*MJLAB, "cores"),
-        needs=("rsl_rl", "mjlab"),
-    ),
-}
+PEERS = {"continuous": peer_continuous, "atari": peer_atari, "llm": peer_llm, "locomotion": peer_locomotion}
+PEERS["mjlab"] = peer_mjlab
 
 
 # --- the frame
@@ -303,8 +212,8 @@ def take_turns(programs, peer, rounds, measure):
 
 def summarise(found, rate):
     """Medians over [(run, the peer's rate)], that of the rates under the name rate, and the ratios' range."""
-    row = {rate: statistics.median(run["rate"] for run, _ in found)}
     ratios = [run["rate"] / beside for run, beside in found]
+    row = {rate: statistics.median(run["rate"] for run, _ in found)}
     row |= dict(ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios))
     return row | dict(other_seconds=statistics.median(run["other_seconds"] for run, _ in found))
 
@@ -312,14 +221,14 @@ def summarise(found, rate):
 def table(rows, pair):
     """The Markdown of speed.md from the rows of speed.json."""
     shown = [name for name in HEADINGS if name in pair.columns]
-    heads = [HEADINGS[name] for name in shown] + ["program", f"{pair.unit}/s", f"{pair.ratio} (min to max)"]
-    lines = [f"| {' | '.join([*heads, 'start-up and end, s'])} |", "|-" * (len(heads) + 1) + "|"]
+    heads = [*(HEADINGS[name] for name in shown), "program", f"{pair.unit}/s", f"{pair.ratio} (min to max)"]
+    lines = [[*heads, "start-up and end, s"]]
     for row in rows:
-        cells = [f"{row[name]}-{row[name]}" if name == "hidden_size" else str(row[name]) for name in shown]
-        cells += [f"`{row['program']}`", f"{row[pair.rate]:.0f}"]
-        cells += ["{ratio:.2f} ({ratio_min:.2f} to {ratio_max:.2f})".format(**row)]
-        lines.append(f"| {' | '.join([*cells, '{other_seconds:.0f}'.format(**row)])} |")
-    return "\n".join(lines) + "\n"
+        sizes = [f"{row[name]}-{row[name]}" if name == "hidden_size" else str(row[name]) for name in shown]
+        ratio = "{ratio:.2f} ({ratio_min:.2f} to {ratio_max:.2f})".format(**row)
+        lines.append([*sizes, f"`{row['program']}`", f"{row[pair.rate]:.0f}", ratio, f"{row['other_seconds']:.0f}"])
+    head, *lines = (f"| {' | '.join(cells)} |\n" for cells in lines)
+    return head + "|-" * (len(heads) + 1) + "|\n" + "".join(lines)
 
 
 def read_metrics(folder, pair):
@@ -333,13 +242,9 @@ def read_metrics(folder, pair):
 
 
 def run_pinned(words, cores):
-    done = subprocess.run(
-        [sys.executable, *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(len(cores))},
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
+    options = dict(capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(len(cores))})
+    pin = partial(os.sched_setaffinity, 0, cores)
+    done = subprocess.run([sys.executable, *words], preexec_fn=pin, **options)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise SystemExit(f"error: {shlex.join(words)} failed: {last}")
@@ -394,12 +299,11 @@ def check(args, pair, programs):
     for name in ("env_id", "num_envs", "hidden_sizes", "minibatch_sizes", "device"):
         if getattr(args, name) is not None and name not in pair.defaults:
             bad_input(f"--{name.replace('_', '-')} does not belong to --pair {args.pair}")
-    if not all(map(importlib.util.find_spec, pair.needs)):
+    if not all(map(find_spec, pair.needs)):
         bad_input(f"{' or '.join(pair.needs)} is not installed: see the top of {__file__}")
-    least = pair.warm_up + 2
+    least, cores = pair.warm_up + 2, os.sched_getaffinity(0)
     if args.rounds < 1 or (args.iterations is not None and args.iterations < least):
         bad_input(f"--iterations must be at least {least}, --rounds at least 1")
-    cores = os.sched_getaffinity(0)
     if not args.cores or not cores.issuperset(args.cores):
         bad_input(f"--cores must be among {sorted(cores)}")
     for script in {program.split()[0] for program in programs}:
@@ -415,11 +319,8 @@ def main(args):
     with tempfile.TemporaryDirectory() as folder:
         for case in make_cases(args, pair, folder):
             columns = {name: case[name] for name in pair.columns}
-            print(*(f"{name} {value}" for name, value in columns.items()), flush=True)
-
-            def run(program, case=case):
-                return measure(program, pair, case, args.cores)
-
+            print(columns, flush=True)
+            run = partial(measure, pair=pair, case=case, cores=args.cores)
             for program, found in take_turns([*programs, pair.peer], pair.peer, args.rounds, run).items():
                 rows.append(columns | dict(program=program) | summarise(found, pair.rate))
     output = Path(args.output or ROOT / "benchmark" / "results" / pair.folder)
@@ -432,6 +333,6 @@ def main(args):
 if __name__ == "__main__":
     arguments = tyro.cli(Args, description=__doc__.splitlines()[0])
     if arguments.peer:
-        print(json.dumps(PAIRS[arguments.pair].run_peer(json.loads(arguments.peer))))
+        print(json.dumps(PEERS[arguments.pair](json.loads(arguments.peer))))
     else:
         main(arguments)
