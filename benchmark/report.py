@@ -14,9 +14,9 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ import pandas as pd
 import tyro
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, ScalarFormatter
 from rliable import library, metrics
 from scipy.stats import ttest_1samp
 
@@ -37,6 +37,7 @@ DRAWS = 2000  # of a bootstrap
 EXACT = 4000  # resamples, up to which all are enumerated: three runs on either side have 729, five on one 3125
 MANY = 4  # groups of a task, above which curves could not be told apart
 FEW = 3  # runs of a group, up to which each is drawn in place of an interval
+REFERENCE = "reference"  # the script whose groups are drawn dashed and may be shorter than ours
 KEYS = ["task", "group", "seed"]  # of a run
 SAME_GROUP = (  # settings in which runs of a group may differ: the runner's, and those that change no learning
     "env_id seed output_dir resume compile cuda_graphs device exp_name checkpoint_seconds track wandb_project_name "
@@ -46,6 +47,7 @@ SAME_GROUP = (  # settings in which runs of a group may differ: the runner's, an
 NORMAL = {"HalfCheetah": 5783, "Hopper": 2609, "Walker2d": 3588, "Ant": 3258, "Humanoid": 787, "Swimmer": 360}
 COLOURS = {"bpo": "#0072B2", "gbpo": "#0072B2", "ppo": "#D55E00", "grpo": "#D55E00", "spo": "#2CA02C"}  # of methods
 COLOURS |= {"dr": "#E6B800", "dapo": "#CC79A7", "gspo": "#8C564B", "sapo": "#000000"}
+COLOURS |= {"trpo": "#5E2CA5", "sac": "#56D6E6", "dqn": "#8B0000"}
 PANELS = {  # the curves that are drawn -> label of the axis; the first that a task has is in its table
     "return": f"return, mean of the last {WINDOW} episodes",
     "pass@1": "held-out pass@1",
@@ -144,10 +146,9 @@ def make_grid(known, interval, end):
 
 def curve(steps, returns, grid):
     """Mean return of the last WINDOW episodes that had ended by each step of the grid[K]; NaN before the first: [K]"""
-    sums = np.concatenate([[0.0], np.cumsum(returns)])
+    means = pd.Series(returns).rolling(WINDOW, min_periods=1).mean().to_numpy()
     ended = np.searchsorted(steps, grid, side="right")
-    first = np.maximum(ended - WINDOW, 0)
-    return np.where(ended > 0, (sums[ended] - sums[first]) / np.maximum(ended - first, 1), np.nan)
+    return np.where(ended > 0, means[ended - 1], np.nan)
 
 
 def make_curves(tables, grid):
@@ -187,10 +188,12 @@ def differ(args, others, name):
 def label(folder, about, others):
     """The group of a run, of whose others args.json is given."""
     args, name = about["args"], about["script"].split("_")[0].upper()
+    if about["script"] == REFERENCE:
+        name = f"{args['algo'].upper()} (reference)"
     if about["script"].endswith("_llm"):
         epochs = f"{args['update_epochs']} epoch" + "s" * (args["update_epochs"] > 1)
         return f"{args.get('objective', name).upper().replace('_', ' ')} ({args['clip_coef']}, {epochs})"
-    peers = [other["args"] for other in others if other["script"] == about["script"]]
+    peers = [x["args"] for x in others if (x["script"], x["args"].get("algo")) == (about["script"], args.get("algo"))]
     flags = (f"{k}={args[k]}" for k in args if any(differ(args, peer, k) for peer in peers))
     return " ".join([name, *flags]) if (own := variant(folder, about)) is None else own
 
@@ -198,9 +201,11 @@ def label(folder, about, others):
 def check_settings(folder, about, group, settings):
     """Adds the run's settings to its task's, group -> settings, or stops if they do not fit them."""
     own = {name: x for name, x in about["args"].items() if name not in SAME_GROUP}
-    other = [x for x in own if x != "total_timesteps" and differ(own, settings.setdefault(group, own), x)]
-    scheduled = about["script"].endswith("_llm") or any(x.get("lr_schedule") == "linear" for x in settings.values())
-    if scheduled and len({x.get("total_timesteps") for x in (own, *settings.values())}) > 1:
+    known = settings.setdefault(group, own)
+    other = [x for x in own if (x != "total_timesteps" or "algo" in own) and differ(own, known, x)]
+    ours = [x for x in (own, *settings.values()) if "algo" not in x]
+    scheduled = about["script"].endswith("_llm") or any(x.get("lr_schedule") == "linear" for x in ours)
+    if scheduled and len({x.get("total_timesteps") for x in ours}) > 1:
         other.append("total_timesteps, on which the learning rate depends")
     if other:
         stop(f"{folder} has other settings than other runs: {', '.join(other)}; make a report of each")
@@ -300,12 +305,10 @@ def probability(ours, theirs):
 
 
 def read_published():
-    """The paper's Table 1, at step "end", and its authors' curves: (task, algorithm, step) -> return, all strings."""
-    return (
-        pd.read_csv(Path(__file__).with_name("published.csv"), comment="#", dtype=str)
-        .set_index(["task", "algorithm", "step"])["return"]
-        .to_dict()
-    )
+    """Published figures, all strings: the paper's, (task, algorithm, step) -> return, and a table of the others."""
+    table = pd.read_csv(Path(__file__).with_name("published.csv"), comment="#", dtype=str)
+    paper = table[table["source"] == "paper"].set_index(["task", "algorithm", "step"])["return"].to_dict()
+    return paper, table[table["source"] != "paper"]
 
 
 def method(group, script):
@@ -318,15 +321,31 @@ def figure(runs, name):
     return runs.get(name, pd.Series(np.nan, runs.index))
 
 
+def complete_table(table, runs, references):
+    """A task's curves with a column end, the step at which runs are compared, and hours, if there are references.
+
+    The end is the last step that all runs have. References neither shorten ours nor are read beyond their own end.
+    """
+    lasts = table.groupby(["group", "seed"])["step"].max()
+    ends = lasts.groupby("group").min()
+    ours = ends[~ends.index.isin(references)].min()
+    ends = ends.where(ends.index.isin(references), ours).clip(upper=ours if ours > 0 else None)
+    table = table.assign(end=table["group"].map(ends))
+    if references & {*ends.index}:  # one pace for all of a run: a resumed run's rates are of its last process
+        pace = figure(runs.set_index(["group", "seed"]), "training_seconds") / lasts / 3600
+        table["hours"] = table["step"] * pace.loc[[*zip(table["group"], table["seed"])]].to_numpy()
+    return table
+
+
 def ends_of(table, name):
-    """Figures of a task's runs at the last step that all have (language models: each one's last), by group and seed."""
+    """Figures of a task's runs at their end (language models: each one's last), by group and seed."""
     runs = table.groupby(["group", "seed"])
     if "pass@1" in table:
         return runs[name].last()
-    end = runs["step"].max().min()
-    ends = table[table["step"] == end].set_index(["group", "seed"])[name].reindex(runs.size().index)
+    ends = table[table["step"] == table["end"]].set_index(["group", "seed"])[name].reindex(runs.size().index)
     if name == "return" and ends.isna().any():
         late = ", ".join(f"{group} {seed}" for group, seed in ends.index[ends.isna()])
+        end = table["end"].max()
         stop(f"{table['task'].iloc[0]}: the shortest run ends at step {end}, where no episode had ended in {late}")
     return ends
 
@@ -351,29 +370,46 @@ def llm_cells(table, runs, rng):
 def group_rows(task, table, runs, baseline, tables, rng):
     """Adds a task's groups to the tables, rows by name: figures, comparison, published figures; returns the ends."""
     ends, llm = ends_of(table, next(name for name in PANELS if name in table)), "pass@1" in table
-    end, published = table.groupby(["group", "seed"])["step"].max().min(), read_published()
     digits = 3 if llm else int(ends.abs().max() < 100)
+    steps = table.groupby("group")["end"].first()
     for group, last in ends.groupby("group"):
         last, own, row = last.to_numpy(), runs[runs["group"] == group], {"task": task, "group": group}
         count, caught = len(last), figure(own, "caught").mean(skipna=False)
-        cells = {"seeds": count, "steps": end, "mean (95%)": estimate(digits, *mean_interval(rng, last), count)}
+        cells = {
+            "seeds": count,
+            "steps": steps[group],
+            "mean (95%)": estimate(digits, *mean_interval(rng, last), count),
+        }
         iqm = rliable_interval(metrics.aggregate_iqm, last[:, None])
         cells |= {"IQM (95%)": estimate(digits, *iqm, count), "std": f"{pd.Series(last).std():.{digits}f}"}
         worst = np.sort(last)[: math.ceil(count / 4)].mean() if count > FEW else np.nan
         cells |= {"worst quarter": f"{worst:.{digits}f}", "caught": f"{caught:.0%}"}
         cells |= llm_cells(table, own, rng) if llm else {}
+        if "hours" in table:
+            cells["hours of one core"] = f"{ends_of(table, 'hours')[group].mean():.2f}"
         tables["groups"].append(row | cells | {"each": ", ".join(f"{x:.{digits}f}" for x in last)})
-        base = ends[baseline].to_numpy() if baseline in ends.index and group != baseline and not llm else last[:0]
+        comparable = group != baseline and not llm and steps.get(baseline) == steps[group]
+        base = ends[baseline].to_numpy() if comparable else last[:0]
         if min(count, len(base)) > 1:
             less = {f"mean less that of {baseline} (95%)": estimate(digits, *mean_interval(rng, last, base))}
             better = {f"P(better than {baseline}) (95%)": probability(last[:, None], base[:, None])}
             tables["against"].append(row | less | better)
-        key = task.replace("NoFrameskip-v4", "-v5"), method(group, own["script"].iloc[0])
-        if (*key, str(end)) in published:
-            row |= {"steps": end, "ours": f"{last.mean():.{digits}f}"}
-            row["authors' curve at as many"] = published[*key, str(end)]
-            tables["published"].append(row | {"paper's Table 1, converged": published.get((*key, "end"), "-")})
+        if own["script"].iloc[0] != REFERENCE:
+            add_published(row | {"steps": steps[group], "ours": f"{last.mean():.{digits}f}"}, own, tables)
+    if "hours" in table:
+        others = read_published()[1]
+        same = others["task"].str.split("-").str[0] == re.split("-|NoFrame", task)[0]
+        tables["elsewhere"] += others[same].to_dict("records")
     return ends
+
+
+def add_published(row, runs, tables):
+    """Adds the paper's figures beside a row, if there are any at as many steps."""
+    paper, end = read_published()[0], str(row["steps"])
+    key = row["task"].replace("NoFrameskip-v4", "-v5"), method(row["group"], runs["script"].iloc[0])
+    if (*key, end) in paper:
+        row |= {"authors' curve at as many": paper[*key, end]}
+        tables["published"].append(row | {"paper's Table 1, converged": paper.get((*key, "end"), "-")})
 
 
 def seed_rows(ends):
@@ -406,16 +442,25 @@ def markdown(rows):
 # --- pictures
 
 
-def looks_of(methods):
-    """Group -> method to group -> the method's colour, which other groups of the method have before this one."""
-    before = Counter()
-    return {x: (COLOURS.get(name, "#777777"), before.update([name]) or before[name] - 1) for x, name in methods.items()}
+def looks_of(methods, references=()):
+    """Group -> method to group -> the method's colour, how many groups had it before, whether it is a reference."""
+    before, looks = Counter(), {}
+    for group, name in methods.items():
+        looks[group] = COLOURS.get(name, "#777777"), before[name], group in references
+        before[name] += 1
+    return looks
 
 
-def line(colour, place):
-    """Style of a line: the method's colour, for its other groups darker or paler, and broken."""
+def line(colour, place, reference=False):
+    """Style of a line: the method's colour, for its other groups darker or paler, and broken. References are dashed."""
     dark, pale = [(1, 0), (0.4, 0), (0.5, 0.5), (0.3, 0.3)][place % MANY]
-    return {"color": tuple(np.array(to_rgb(colour)) * dark + pale), "linestyle": ("-", "--", "-.", ":")[place % MANY]}
+    style = "--" if reference else ("-", "--", "-.", ":")[place % MANY]
+    return {"color": tuple(np.array(to_rgb(colour)) * dark + pale), "linestyle": style}
+
+
+def crowded(groups, looks):
+    """Whether there are too many groups for curves; references can be told apart."""
+    return sum(not looks[group][2] for group in groups) > MANY
 
 
 def draw_curves(axis, table, name, looks, rng):
@@ -450,7 +495,7 @@ def draw_task(axes, table, runs, looks, rng):
     """A panel per curve of a task's runs, or of many groups per figure at the end, the best on top."""
     names = [name for name in PANELS if name in table]
     order = ends_of(table, names[0]).groupby("group").mean().sort_values().index
-    many = len(order) > MANY
+    many = crowded(order, looks)
     for axis, name in zip(axes, names):
         if many:
             ends = {x: ends_of(table, name)[x].to_numpy() for x in order}
@@ -463,6 +508,16 @@ def draw_task(axes, table, runs, looks, rng):
         scale = "log" if name in ("ratio_max", "charts/learning_rate") else "linear"
         axis.set(**{"xscale" if many else "yscale": scale})
     axes[0].set_title(table["task"].iloc[0])
+
+
+def draw_hours(tasks, looks, rng):
+    """Returns against hours in place of steps, a panel per task."""
+    picture, axes = make_figure(len(tasks))
+    for axis, (task, table) in zip(axes, tasks.items()):
+        draw_curves(axis, table.assign(step=table["hours"]).dropna(subset="step"), "return", looks, rng)
+        axis.set(xlabel="hours of one core", title=task)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+    return save(picture)
 
 
 def make_figure(panels, rows=0):
@@ -517,18 +572,13 @@ def aggregate(ends, baseline, tables, looks):
 def write_all(folder, files):
     """Writes files, name -> bytes, all or none: a full disk leaves the old ones whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = {name: folder / f".{name}.new" for name in files}
     try:
-        for name, path in new.items():
-            with path.open("wb") as file:
-                file.write(files[name])
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in new.items():
-            path.replace(folder / name)
+        with tempfile.TemporaryDirectory(dir=folder) as new:
+            for name, content in files.items():
+                Path(new, name).write_bytes(content)
+            for name in files:
+                Path(new, name).replace(folder / name)
     except OSError as error:
-        for path in new.values():
-            path.unlink(missing_ok=True)
         stop(f"cannot write to {folder}, which is as before: {error.strerror}")
 
 
@@ -538,10 +588,11 @@ def to_csv(table, digits):
 
 def make_report(tasks, summary, baseline, looks):
     """Rows of the tables by name, the picture, and ends by task, from curves by task and figures of runs."""
-    tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published")}, {}
+    tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published", "elsewhere")}, {}
     panels = {task: sum(name in table for name in PANELS) for task, table in tasks.items()}
-    groups, rng = max(table["group"].nunique() for table in tasks.values()), np.random.default_rng(0)
-    picture, axes = make_figure(sum(panels.values()), groups * (groups > MANY))
+    rng, groups = np.random.default_rng(0), [table["group"].unique() for table in tasks.values()]
+    rows = max(map(len, groups)) if any(crowded(x, looks) for x in groups) else 0
+    picture, axes = make_figure(sum(panels.values()), rows)
     for task, table in tasks.items():
         runs = summary[summary["task"] == task]
         ends[task] = group_rows(task, table, runs, baseline, tables, rng)
@@ -563,9 +614,14 @@ def main(args):
     baseline = args.baseline or next(iter(usual), "none")
     if args.baseline and baseline not in methods:
         stop(f"no group {baseline}: there are {', '.join(methods)}")
-    tasks, looks = {x: table.dropna(axis=1, how="all") for x, table in curves.groupby("task")}, looks_of(methods)
+    references = {*summary["group"][summary["script"] == REFERENCE]}
+    tasks, looks = {}, looks_of(methods, references)
+    for task, table in curves.groupby("task"):
+        tasks[task] = complete_table(table.dropna(axis=1, how="all"), summary[summary["task"] == task], references)
     tables, picture, ends = make_report(tasks, summary, baseline, looks)
     files = {"curves.png": picture, "curves.csv": to_csv(curves, 6), "summary.csv": to_csv(summary, 8)}
+    if timed := {task: table for task, table in tasks.items() if "hours" in table}:
+        files["hours.png"] = draw_hours(timed, looks, np.random.default_rng(0))
     if args.aggregate:
         files["aggregate.png"] = aggregate(ends, baseline, tables, looks)
     if settings:
