@@ -17,6 +17,7 @@ import math
 import re
 import sys
 import tempfile
+import tomllib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,26 +44,8 @@ SAME_GROUP = (  # settings in which runs of a group may differ: the runner's, an
     "env_id seed output_dir resume compile cuda_graphs device exp_name checkpoint_seconds track wandb_project_name "
     "wandb_entity"
 ).split()
-# Returns that count as 1 in --aggregate: Tianshou's PPO; Swimmer: about what the paper's Table 1 has for PPO
-NORMAL = {"HalfCheetah": 5783, "Hopper": 2609, "Walker2d": 3588, "Ant": 3258, "Humanoid": 787, "Swimmer": 360}
-COLOURS = {"bpo": "#0072B2", "gbpo": "#0072B2", "ppo": "#D55E00", "grpo": "#D55E00", "spo": "#2CA02C"}  # of methods
-COLOURS |= {"dr": "#E6B800", "dapo": "#CC79A7", "gspo": "#8C564B", "sapo": "#000000"}
-COLOURS |= {"trpo": "#5E2CA5", "sac": "#56D6E6", "dqn": "#8B0000"}
-PANELS = {  # the curves that are drawn -> label of the axis; the first that a task has is in its table
-    "return": f"return, mean of the last {WINDOW} episodes",
-    "pass@1": "held-out pass@1",
-    "ratio_max": "largest ratio in the last epoch",
-    "charts/mean_return_100": "return, last 100 episodes",
-    "charts/mean_length_100": "episode length",
-    "rewards/tracking_lin_vel": "tracking of the velocity",
-    "rewards/tracking_ang_vel": "tracking of the turning rate",
-    "charts/learning_rate": "learning rate",
-    "losses/kl": "KL divergence, nats",
-    "ratio/high_mean": "mean ratio above 1",
-    "ratio/low_mean": "mean ratio below 1",
-    "ratio/out_of_bounds": "ratios out of bounds",
-    "charts/std": "deviation of actions",
-}
+CONFIG = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+COLOURS, PANELS = CONFIG["colours"], CONFIG["panels"]
 
 
 @dataclass
@@ -305,10 +288,11 @@ def probability(ours, theirs):
 
 
 def read_published():
-    """Published figures, all strings: the paper's, (task, algorithm, step) -> return, and a table of the others."""
+    """Published figures, strings: the paper's, ((task, algorithm), step) -> return, and a table of the others."""
     table = pd.read_csv(Path(__file__).with_name("published.csv"), comment="#", dtype=str)
-    paper = table[table["source"] == "paper"].set_index(["task", "algorithm", "step"])["return"].to_dict()
-    return paper, table[table["source"] != "paper"]
+    ours = table["source"] == "paper"
+    paper = {((task, algorithm), step): x for task, algorithm, step, x, _ in table[ours].itertuples(index=False)}
+    return paper, table[~ours]
 
 
 def method(group, script):
@@ -322,18 +306,19 @@ def figure(runs, name):
 
 
 def complete_table(table, runs, references):
-    """A task's curves with a column end, the step at which runs are compared, and hours, if there are references.
+    """A task's curves with the step at which its runs are compared, end, and hours, if there are references.
 
     The end is the last step that all runs have. References neither shorten ours nor are read beyond their own end.
     """
     lasts = table.groupby(["group", "seed"])["step"].max()
     ends = lasts.groupby("group").min()
-    ours = ends[~ends.index.isin(references)].min()
-    ends = ends.where(ends.index.isin(references), ours).clip(upper=ours if ours > 0 else None)
+    reference = ends.index.isin(references)
+    if not reference.all():
+        ends = ends.where(reference, np.inf).clip(upper=ends[~reference].min()).astype(int)
     table = table.assign(end=table["group"].map(ends))
-    if references & {*ends.index}:  # one pace for all of a run: a resumed run's rates are of its last process
-        pace = figure(runs.set_index(["group", "seed"]), "training_seconds") / lasts / 3600
-        table["hours"] = table["step"] * pace.loc[[*zip(table["group"], table["seed"])]].to_numpy()
+    if reference.any():  # at one pace, as the rates of a resumed run are those of its last process
+        pace = figure(runs.set_index(["group", "seed"]), "training_seconds") / lasts
+        table["hours"] = table["step"] * pace.loc[[*zip(table["group"], table["seed"])]].to_numpy() / 3600
     return table
 
 
@@ -345,8 +330,8 @@ def ends_of(table, name):
     ends = table[table["step"] == table["end"]].set_index(["group", "seed"])[name].reindex(runs.size().index)
     if name == "return" and ends.isna().any():
         late = ", ".join(f"{group} {seed}" for group, seed in ends.index[ends.isna()])
-        end = table["end"].max()
-        stop(f"{table['task'].iloc[0]}: the shortest run ends at step {end}, where no episode had ended in {late}")
+        task, end = table[["task", "end"]].iloc[0]
+        stop(f"{task}: the shortest run ends at step {end}, where no episode had ended in {late}")
     return ends
 
 
@@ -371,45 +356,32 @@ def group_rows(task, table, runs, baseline, tables, rng):
     """Adds a task's groups to the tables, rows by name: figures, comparison, published figures; returns the ends."""
     ends, llm = ends_of(table, next(name for name in PANELS if name in table)), "pass@1" in table
     digits = 3 if llm else int(ends.abs().max() < 100)
-    steps = table.groupby("group")["end"].first()
+    show, steps = f"{{:.{digits}f}}".format, table.groupby("group")["end"].first()
+    (paper, elsewhere), game = read_published(), task.replace("NoFrameskip-v4", "-v5")
     for group, last in ends.groupby("group"):
         last, own, row = last.to_numpy(), runs[runs["group"] == group], {"task": task, "group": group}
-        count, caught = len(last), figure(own, "caught").mean(skipna=False)
-        cells = {
-            "seeds": count,
-            "steps": steps[group],
-            "mean (95%)": estimate(digits, *mean_interval(rng, last), count),
-        }
+        count, step, script = len(last), steps[group], own["script"].iloc[0]
+        cells = {"seeds": count, "steps": step, "mean (95%)": estimate(digits, *mean_interval(rng, last), count)}
         iqm = rliable_interval(metrics.aggregate_iqm, last[:, None])
-        cells |= {"IQM (95%)": estimate(digits, *iqm, count), "std": f"{pd.Series(last).std():.{digits}f}"}
+        cells |= {"IQM (95%)": estimate(digits, *iqm, count), "std": show(pd.Series(last).std())}
         worst = np.sort(last)[: math.ceil(count / 4)].mean() if count > FEW else np.nan
-        cells |= {"worst quarter": f"{worst:.{digits}f}", "caught": f"{caught:.0%}"}
+        cells |= {"worst quarter": show(worst), "caught": f"{figure(own, 'caught').mean(skipna=False):.0%}"}
         cells |= llm_cells(table, own, rng) if llm else {}
         if "hours" in table:
             cells["hours of one core"] = f"{ends_of(table, 'hours')[group].mean():.2f}"
-        tables["groups"].append(row | cells | {"each": ", ".join(f"{x:.{digits}f}" for x in last)})
-        comparable = group != baseline and not llm and steps.get(baseline) == steps[group]
+        tables["groups"].append(row | cells | {"each": ", ".join(map(show, last))})
+        comparable = group != baseline and not llm and steps.get(baseline) == step
         base = ends[baseline].to_numpy() if comparable else last[:0]
         if min(count, len(base)) > 1:
             less = {f"mean less that of {baseline} (95%)": estimate(digits, *mean_interval(rng, last, base))}
             better = {f"P(better than {baseline}) (95%)": probability(last[:, None], base[:, None])}
             tables["against"].append(row | less | better)
-        if own["script"].iloc[0] != REFERENCE:
-            add_published(row | {"steps": steps[group], "ours": f"{last.mean():.{digits}f}"}, own, tables)
+        if script != REFERENCE and (key := (game, method(group, script)), str(step)) in paper:
+            row |= {"steps": step, "ours": show(last.mean()), "authors' curve at as many": paper[key, str(step)]}
+            tables["published"].append(row | {"paper's Table 1, converged": paper.get((key, "end"), "-")})
     if "hours" in table:
-        others = read_published()[1]
-        same = others["task"].str.split("-").str[0] == re.split("-|NoFrame", task)[0]
-        tables["elsewhere"] += others[same].to_dict("records")
+        tables["elsewhere"] += elsewhere[elsewhere["task"].str.startswith(game.split("-")[0])].to_dict("records")
     return ends
-
-
-def add_published(row, runs, tables):
-    """Adds the paper's figures beside a row, if there are any at as many steps."""
-    paper, end = read_published()[0], str(row["steps"])
-    key = row["task"].replace("NoFrameskip-v4", "-v5"), method(row["group"], runs["script"].iloc[0])
-    if (*key, end) in paper:
-        row |= {"authors' curve at as many": paper[*key, end]}
-        tables["published"].append(row | {"paper's Table 1, converged": paper.get((*key, "end"), "-")})
 
 
 def seed_rows(ends):
@@ -543,7 +515,7 @@ def save(figure):
 
 def aggregate(ends, baseline, tables, looks):
     """Compares the groups that all tasks have, by normalised scores; ends by task -> picture."""
-    scales = {task: NORMAL.get(re.sub(r"-v\d+$", "", task)) for task in ends}
+    scales = {task: CONFIG["normal"].get(re.sub(r"-v\d+$", "", task)) for task in ends}
     ends = {task: values / scales[task] for task, values in ends.items() if scales[task]}
     if not (scores := over_tasks(ends)):
         stop("--aggregate needs tasks with a published score, and a group that has runs of all of them")
@@ -571,8 +543,8 @@ def aggregate(ends, baseline, tables, looks):
 
 def write_all(folder, files):
     """Writes files, name -> bytes, all or none: a full disk leaves the old ones whole."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as new:
             for name, content in files.items():
                 Path(new, name).write_bytes(content)
@@ -603,8 +575,8 @@ def make_report(tasks, summary, baseline, looks):
 
 
 def main(args):
-    if args.output.is_file() or (args.interval is not None and args.interval < 1):
-        stop(f"--output {args.output} is a file" if args.output.is_file() else "--interval must be at least 1")
+    if args.interval is not None and args.interval < 1:
+        stop("--interval must be at least 1")
     matplotlib.use("Agg")
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     np.random.seed(0)  # rliable draws from this generator, whatever random_state it is given

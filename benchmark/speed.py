@@ -48,150 +48,11 @@ class Args:
     device: Literal["cpu", "cuda"] | None = None  # mjlab: where all of it runs
     cores: tuple[int, ...] = (0,)  # processor cores that all are pinned to, one thread each
     output: str | None = None  # folder for speed.json and speed.md; default: the published one
-    peer: str | None = None  # used by the script itself: run the peer once
 
 
 def bad_input(line):
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
-
-
-# --- the peers: (work done, time) at the start and after each iteration
-
-
-def train_sb3(policy, envs, case, **settings):
-    import torch
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
-
-    points = []
-
-    class Clock(BaseCallback):
-        def _on_step(self):
-            return True
-
-        def _on_rollout_start(self):
-            points.append((self.num_timesteps, time.perf_counter()))
-
-        _on_training_end = _on_rollout_start
-
-    torch.set_num_threads(case["cores"])
-    steps = case["iterations"] * settings["n_steps"] * envs.num_envs
-    PPO(policy, envs, device="cpu", **settings).learn(steps, callback=Clock())
-    return points
-
-
-def peer_continuous(case):
-    import gymnasium as gym
-    from stable_baselines3.common.env_util import make_vec_env
-
-    gym.logger.min_level = gym.logger.ERROR  # old task versions are asked for on purpose
-    widths = [case["hidden_size"]] * 2
-    network = dict(net_arch=dict(pi=widths, vf=widths))
-    settings = dict(n_steps=512, n_epochs=10, batch_size=case["minibatch_size"], policy_kwargs=network)
-    return train_sb3("MlpPolicy", make_vec_env(case["env_id"], n_envs=4), case, **settings)
-
-
-def peer_atari(case):
-    import ale_py
-    import gymnasium as gym
-    from stable_baselines3.common.env_util import make_atari_env
-    from stable_baselines3.common.vec_env import VecFrameStack
-
-    gym.register_envs(ale_py)
-    envs = VecFrameStack(make_atari_env(case["env_id"].replace("-v5", "NoFrameskip-v4"), n_envs=8, seed=1), 4)
-    settings = dict(n_steps=128, n_epochs=4, batch_size=256, gamma=0.98, learning_rate=2.5e-4, ent_coef=0.01)
-    return train_sb3("CnnPolicy", envs, case, **settings)
-
-
-def peer_llm(case):
-    """TRL with gbpo_llm.py's defaults: 64 prompts x 8 completions per iteration. Counted from reward to reward."""
-    import random
-
-    import datasets
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
-
-    torch.set_num_threads(case["cores"])
-    random.seed(0)
-    pairs = [(random.randint(10, 99), random.randint(10, 99)) for _ in range(64 * case["iterations"])]
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
-    points, tokens = [], 0
-
-    def reward(prompts, completions, answer, completion_ids, **_):
-        nonlocal tokens
-        points.append((tokens, time.perf_counter()))
-        tokens += sum(map(len, completion_ids))
-        return [float(x == y) for x, y in zip(completions, answer)]
-
-    sizes = dict(per_device_train_batch_size=128, steps_per_generation=4, num_generations=8, max_completion_length=4)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = dict(output_dir=folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no", beta=0.0)
-        settings |= dict(learning_rate=3e-4, max_steps=4 * case["iterations"], disable_tqdm=True, loss_type="grpo")
-        settings |= dict(gradient_checkpointing=False)  # TRL's default recomputes activations, ours does not
-        trainer = GRPOTrainer(
-            AutoModelForCausalLM.from_pretrained(case["model"]),
-            reward,
-            args=GRPOConfig(**settings, **sizes, logging_steps=4, temperature=1.0),
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(case["model"], padding_side="left"),
-        )
-        trainer.train()
-    return points
-
-
-def peer_locomotion(case):
-    """Random actions with the scripts' initial deviation; steps that only reset a robot are not counted."""
-    import envpool
-    import numpy as np
-
-    sizes = dict(num_envs=case["num_envs"], num_threads=case["cores"])
-    envs = envpool.make(case["env_id"], env_type="gymnasium", seed=1, **sizes)
-    actions = np.random.default_rng(1).normal(0, 0.35, (24, case["num_envs"], envs.action_space.shape[0])).clip(-1, 1)
-    envs.reset()
-    steps, points = 0, [(0, time.perf_counter())]
-    for _ in range(case["iterations"]):
-        for action in actions:
-            *_, info = envs.step(action)
-            steps += int((info["elapsed_step"] > 0).sum())
-        points.append((steps, time.perf_counter()))
-    return points
-
-
-def peer_mjlab(case):
-    """RSL-RL's PPO with mjlab's settings for the task, but for the hidden layers and 24 steps."""
-    import dataclasses
-
-    import mjlab.tasks  # noqa: F401 (registers the tasks)
-    from mjlab.envs import ManagerBasedRlEnv
-    from mjlab.rl import RslRlVecEnvWrapper
-    from mjlab.rl.runner import MjlabOnPolicyRunner
-    from mjlab.tasks.registry import load_env_cfg, load_rl_cfg
-    from mjlab.utils.torch import configure_torch_backends
-
-    configure_torch_backends()
-    env_cfg = load_env_cfg(case["env_id"])
-    env_cfg.scene.num_envs = case["num_envs"]
-    envs = RslRlVecEnvWrapper(ManagerBasedRlEnv(env_cfg, case["device"]))
-    cfg = load_rl_cfg(case["env_id"])
-    cfg.num_steps_per_env = 24
-    cfg.actor.hidden_dims = cfg.critic.hidden_dims = case["hidden_sizes"]
-    # Ours look for NaN once per iteration; RSL-RL would in every step, and wait for a GPU each time.
-    cfg = dataclasses.asdict(cfg) | {"check_for_nan": False}
-    runner = MjlabOnPolicyRunner(envs, cfg, None, case["device"])
-    warm_up, size = PAIRS["mjlab"].warm_up, 24 * case["num_envs"]
-    runner.learn(warm_up, init_at_random_ep_len=True)
-    start = time.perf_counter()
-    runner.learn(case["iterations"] - warm_up)  # ends with the losses on the CPU
-    return [(warm_up * size, start)] * (warm_up + 1) + [(case["iterations"] * size, time.perf_counter())]
-
-
-PEERS = {"continuous": peer_continuous, "atari": peer_atari, "llm": peer_llm, "locomotion": peer_locomotion}
-PEERS["mjlab"] = peer_mjlab
-
-
-# --- the frame
 
 
 def steady_rate(points, warm_up):
@@ -256,7 +117,8 @@ def measure(program, pair, case, cores):
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if program == pair.peer:
-            output = run_pinned([__file__, f"--pair={case['pair']}", f"--peer={json.dumps(case)}"], cores)
+            # It prints (work done, time) at the start and after each iteration.
+            output = run_pinned([str(ROOT / "benchmark" / "peers" / pair.script), json.dumps(case)], cores)
             points = json.loads(output.splitlines()[-1])
         else:
             script, *flags = shlex.split(program)
@@ -275,7 +137,7 @@ def measure(program, pair, case, cores):
 def make_cases(args, pair, folder):
     """What to measure, a dict each: one, or for continuous one for each width and minibatch size."""
     given = {name: getattr(args, name) for name in pair.defaults if getattr(args, name) is not None}
-    case = dict(pair=args.pair, cores=len(args.cores)) | pair.defaults | given
+    case = dict(cores=len(args.cores), warm_up=pair.warm_up) | pair.defaults | given
     if args.pair == "continuous":
         sizes = itertools.product(case.pop("hidden_sizes"), case.pop("minibatch_sizes"))
         return [case | dict(hidden_size=width, minibatch_size=size) for width, size in sizes]
@@ -295,26 +157,23 @@ def make_cases(args, pair, folder):
     return [case]
 
 
-def check(args, pair, programs):
+def check(args, pair):
     for name in ("env_id", "num_envs", "hidden_sizes", "minibatch_sizes", "device"):
         if getattr(args, name) is not None and name not in pair.defaults:
             bad_input(f"--{name.replace('_', '-')} does not belong to --pair {args.pair}")
     if not all(map(find_spec, pair.needs)):
         bad_input(f"{' or '.join(pair.needs)} is not installed: see the top of {__file__}")
     least, cores = pair.warm_up + 2, os.sched_getaffinity(0)
-    if args.rounds < 1 or (args.iterations is not None and args.iterations < least):
+    if args.rounds < 1 or (args.iterations or least) < least:
         bad_input(f"--iterations must be at least {least}, --rounds at least 1")
     if not args.cores or not cores.issuperset(args.cores):
         bad_input(f"--cores must be among {sorted(cores)}")
-    for script in {program.split()[0] for program in programs}:
-        if not (ROOT / f"{script}.py").is_file():
-            bad_input(f"there is no script {script}.py")
 
 
 def main(args):
     pair = PAIRS[args.pair]
     programs = args.programs or pair.programs
-    check(args, pair, programs)
+    check(args, pair)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for case in make_cases(args, pair, folder):
@@ -331,8 +190,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    arguments = tyro.cli(Args, description=__doc__.splitlines()[0])
-    if arguments.peer:
-        print(json.dumps(PEERS[arguments.pair](json.loads(arguments.peer))))
-    else:
-        main(arguments)
+    main(tyro.cli(Args, description=__doc__.splitlines()[0]))
