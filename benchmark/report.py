@@ -31,6 +31,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import EngFormatter, ScalarFormatter
 from rliable import library, metrics
+from run import HARMLESS, RUNNERS
 from scipy.stats import ttest_1samp
 
 WINDOW = 100  # episodes
@@ -40,10 +41,7 @@ MANY = 4  # groups of a task, above which curves could not be told apart
 FEW = 3  # runs of a group, up to which each is drawn in place of an interval
 REFERENCE = "reference"  # the script whose groups are drawn dashed and may be shorter than ours
 KEYS = ["task", "group", "seed"]  # of a run
-SAME_GROUP = (  # settings in which runs of a group may differ: the runner's, and those that change no learning
-    "env_id seed output_dir resume compile cuda_graphs device exp_name checkpoint_seconds track wandb_project_name "
-    "wandb_entity"
-).split()
+SAME_GROUP = RUNNERS + HARMLESS  # settings in which runs of a group may differ
 CONFIG = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 COLOURS, PANELS = CONFIG["colours"], CONFIG["panels"]
 
@@ -405,7 +403,7 @@ def over_tasks(ends):
 
 def markdown(rows):
     """A table, without columns that say nothing."""
-    table = pd.DataFrame(rows).astype(str).replace({"nan": "-", "nan%": "-", "nan +- nan": "-"})
+    table = pd.DataFrame(rows).astype(str).replace({"nan": "-", "nan%": "-"})
     table = table.loc[:, (table != "-").any()]
     lines = [f"| {' | '.join(row)} |" for row in (table.columns, *table.to_numpy())]
     return "\n".join([lines[0], "|-" * table.shape[1] + "|", *lines[1:]])
@@ -463,9 +461,8 @@ def draw_ends(axis, figures, title, looks):
     axis.set(xlabel=title, ylim=(-0.6, len(figures) - 0.4))
 
 
-def draw_task(axes, table, runs, looks, rng):
+def draw_task(axes, names, table, runs, looks, rng):
     """A panel per curve of a task's runs, or of many groups per figure at the end, the best on top."""
-    names = [name for name in PANELS if name in table]
     order = ends_of(table, names[0]).groupby("group").mean().sort_values().index
     many = crowded(order, looks)
     for axis, name in zip(axes, names):
@@ -558,23 +555,8 @@ def to_csv(table, digits):
     return table.dropna(axis=1, how="all").to_csv(index=False, float_format=f"%.{digits}g").encode()
 
 
-def make_report(tasks, summary, baseline, looks):
-    """Rows of the tables by name, the picture, and ends by task, from curves by task and figures of runs."""
-    tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published", "elsewhere")}, {}
-    panels = {task: sum(name in table for name in PANELS) for task, table in tasks.items()}
-    rng, groups = np.random.default_rng(0), [table["group"].unique() for table in tasks.values()]
-    rows = max(map(len, groups)) if any(crowded(x, looks) for x in groups) else 0
-    picture, axes = make_figure(sum(panels.values()), rows)
-    for task, table in tasks.items():
-        runs = summary[summary["task"] == task]
-        ends[task] = group_rows(task, table, runs, baseline, tables, rng)
-        tables["pairs"] += seed_rows(ends[task]) if "pass@1" in table else []
-        draw_task(axes[: panels[task]], table, runs, looks, rng)
-        axes = axes[panels[task] :]
-    return tables, save(picture), ends
-
-
 def main(args):
+    """Makes the report, all or nothing."""
     if args.interval is not None and args.interval < 1:
         stop("--interval must be at least 1")
     matplotlib.use("Agg")
@@ -587,13 +569,23 @@ def main(args):
     if args.baseline and baseline not in methods:
         stop(f"no group {baseline}: there are {', '.join(methods)}")
     references = {*summary["group"][summary["script"] == REFERENCE]}
-    tasks, looks = {}, looks_of(methods, references)
-    for task, table in curves.groupby("task"):
-        tasks[task] = complete_table(table.dropna(axis=1, how="all"), summary[summary["task"] == task], references)
-    tables, picture, ends = make_report(tasks, summary, baseline, looks)
-    files = {"curves.png": picture, "curves.csv": to_csv(curves, 6), "summary.csv": to_csv(summary, 8)}
+    runs, looks = dict([*summary.groupby("task")]), looks_of(methods, references)
+    tasks = {
+        x: complete_table(table.dropna(axis=1, how="all"), runs[x], references) for x, table in curves.groupby("task")
+    }
+    tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published", "elsewhere")}, {}
+    panels = {task: [name for name in PANELS if name in table] for task, table in tasks.items()}
+    groups, rng = [table["group"].unique() for table in tasks.values()], np.random.default_rng(0)
+    rows = max(map(len, groups)) if any(crowded(x, looks) for x in groups) else 0
+    picture, axes = make_figure(sum(map(len, panels.values())), rows)
+    for task, table in tasks.items():
+        ends[task] = group_rows(task, table, runs[task], baseline, tables, rng)
+        tables["pairs"] += seed_rows(ends[task]) if "pass@1" in table else []
+        draw_task(axes, panels[task], table, runs[task], looks, rng)
+        axes = axes[len(panels[task]) :]
+    files = {"curves.png": save(picture), "curves.csv": to_csv(curves, 6), "summary.csv": to_csv(summary, 8)}
     if timed := {task: table for task, table in tasks.items() if "hours" in table}:
-        files["hours.png"] = draw_hours(timed, looks, np.random.default_rng(0))
+        files["hours.png"] = draw_hours(timed, looks, rng)
     if args.aggregate:
         files["aggregate.png"] = aggregate(ends, baseline, tables, looks)
     if settings:
