@@ -5,8 +5,7 @@
 
 The second adds new runs to an earlier report's, whose run folders may be gone. Runs of a suite are grouped by task and
 variant, language models by objective, clip ratio and epochs, others by script and the flags in which they differ.
-Intervals are 95% bootstrap intervals over runs. The interquartile mean (IQM), P(a run of the group is better than one
-of the baseline) and the performance profile are rliable's (Agarwal et al., "Statistical Precipice").
+Intervals are 95% bootstrap intervals over runs; some statistics are rliable's (Agarwal et al., 2021).
 """
 
 import contextlib
@@ -169,12 +168,10 @@ def differ(args, others, name):
 def label(folder, about, others):
     """The group of a run, of whose others args.json is given."""
     args, name = about["args"], about["script"].split("_")[0].upper()
-    if about["script"] == REFERENCE:
-        name = f"{args['algo'].upper()} (reference)"
     if about["script"].endswith("_llm"):
         epochs = f"{args['update_epochs']} epoch" + "s" * (args["update_epochs"] > 1)
         return f"{args.get('objective', name).upper().replace('_', ' ')} ({args['clip_coef']}, {epochs})"
-    peers = [x["args"] for x in others if (x["script"], x["args"].get("algo")) == (about["script"], args.get("algo"))]
+    peers = [other["args"] for other in others if other["script"] == about["script"]]
     flags = (f"{k}={args[k]}" for k in args if any(differ(args, peer, k) for peer in peers))
     return " ".join([name, *flags]) if (own := variant(folder, about)) is None else own
 
@@ -480,7 +477,7 @@ def draw_task(axes, names, table, runs, looks, rng):
 
 
 def draw_hours(tasks, looks, rng):
-    """Returns against hours in place of steps, a panel per task."""
+    """Returns against hours, a panel per task."""
     picture, axes = make_figure(len(tasks))
     for axis, (task, table) in zip(axes, tasks.items()):
         draw_curves(axis, table.assign(step=table["hours"]).dropna(subset="step"), "return", looks, rng)

@@ -89,7 +89,13 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
         reference.train(reference.Args(seed=2, resume=str(folder)))
     (folder / "episodes.csv").write_text(before + "501,0,1\n")  # as if killed after the checkpoint
     filled = []
-    monkeypatch.setattr(reference.Run, "_on_training_end", lambda run: filled.append(run.model.replay_buffer.pos))
+    ended = reference.Run._on_training_end
+
+    def count(run):
+        filled.append(run.model.replay_buffer.pos)
+        ended(run)
+
+    monkeypatch.setattr(reference.Run, "_on_training_end", count)
     reference.train(reference.Args(resume=str(folder)))
     assert filled == [1200]
     after = (folder / "episodes.csv").read_text()
