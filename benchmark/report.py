@@ -36,7 +36,7 @@ from scipy.stats import ttest_1samp
 WINDOW = 100  # episodes
 DRAWS = 2000  # of a bootstrap
 EXACT = 4000  # resamples, up to which all are enumerated: three runs on either side have 729, five on one 3125
-MANY = 4  # groups of a task, above which curves could not be told apart
+MANY = 4  # groups of a task besides references, above which curves could not be told apart
 FEW = 3  # runs of a group, up to which each is drawn in place of an interval
 REFERENCE = "reference"  # the script whose groups are drawn dashed and may be shorter than ours
 KEYS = ["task", "group", "seed"]  # of a run
@@ -65,8 +65,7 @@ def stop(line):
 def find_folders(paths):
     """The run folders among the paths and below them, and the paths that hold none: earlier reports."""
     for path in paths:
-        below = [] if (path / "args.json").exists() else sorted(x.parent for x in path.glob("**/args.json"))
-        yield from below or [path]
+        yield from sorted(x.parent for x in path.glob("**/args.json")) or [path]
 
 
 def read_run(folder):
@@ -85,7 +84,7 @@ def read_run(folder):
 
 
 def summarise(about, tables):
-    """Figures of a whole run besides its curves, those that it has: name -> number."""
+    """Figures of a run besides its curves: name -> number."""
     table, task = tables["metrics"], about["args"]["env_id"]
     summary = {name: table[name].mean() for name in ("ratio/out_of_bounds", "losses/kl") if name in table}
     if "theory/improvement_bound" in table:
@@ -138,12 +137,10 @@ def make_curves(tables, grid):
         points = tables["evaluations"][["step", "pass@1"]].astype({"step": int})
         then = table.iloc[np.searchsorted(table["step"], points["step"])].reset_index().where(points["step"] > 0)
         return points.assign(ratio_max=then["ratio/max"], out_of_bounds=then["ratio/out_of_bounds"])
-    if len(grid) == 0:
-        raise ValueError("it is shorter than the points of the curve are apart: see --interval")
+    if len(grid) == 0 or grid[-1] < tables.get("episodes", table)["step"].iloc[0]:
+        raise ValueError("nothing had ended by a point of the curve: see --interval")
     if "episodes" in tables:
         steps, returns = tables["episodes"][["step", "return"]].to_numpy().T
-        if grid[-1] < steps[0]:
-            raise ValueError("no episode had ended by a point of the curve: see --interval")
         return pd.DataFrame({"step": grid, "return": curve(steps, returns, grid)})
     nearest = np.searchsorted((grid[:-1] + grid[1:]) / 2, table["step"], side="right")
     means = table[[name for name in PANELS if name in table]].groupby(nearest).mean()
@@ -161,7 +158,7 @@ def variant(folder, about):
 
 
 def differ(args, others, name):
-    """Whether two runs' settings differ in this one, which both have and which matters."""
+    """Whether two runs differ in a setting that both have and that matters."""
     return name not in SAME_GROUP and args[name] != others.get(name, args[name])
 
 
@@ -177,7 +174,7 @@ def label(folder, about, others):
 
 
 def check_settings(folder, about, group, settings):
-    """Adds the run's settings to its task's, group -> settings, or stops if they do not fit them."""
+    """Adds a run's settings to its task's, group -> settings, or stops if they do not fit."""
     own = {name: x for name, x in about["args"].items() if name not in SAME_GROUP}
     known = settings.setdefault(group, own)
     other = [x for x in own if (x != "total_timesteps" or "algo" in own) and differ(own, known, x)]
@@ -201,7 +198,7 @@ def skipping(folder):
 
 
 def collect(args):
-    """All runs: curves and summary, tables with a row per point and per run, and settings by task and group."""
+    """Curves and summary, tables with a row per point and per run, and settings by task and group."""
     curves, summaries, settings, new = [], [], {}, []
     for folder in find_folders(args.runs):
         with skipping(folder):
@@ -246,21 +243,19 @@ def exact_interval(statistic, *sides):
 
 
 def mean_interval(rng, *sides):
-    """Mean of a side [S, ...], or of one less another's, and its interval: point, low, high.
-
-    It draws even where it enumerates, so that no interval depends on the size of the groups before.
-    """
+    """Mean of a side [S, ...], or of one less another's, and its interval: point, low, high."""
 
     def statistic(ours, *theirs, axis=0):
         return ours.mean(axis) - sum(x.mean(axis) for x in theirs)
 
+    # Drawn even where all are enumerated, so that no interval depends on the size of the groups before.
     draws = statistic(*(side[rng.integers(len(side), size=(DRAWS, len(side)))] for side in sides), axis=1)
     exact = exact_interval(statistic, *sides)
     return statistic(*sides), *(np.quantile(draws, [0.025, 0.975], axis=0) if exact is None else exact)
 
 
 def rliable_interval(statistic, *sides):
-    """A statistic of rliable and its interval, stratified by task: sides [S, tasks] -> point, low, high. As above."""
+    """A statistic of rliable and its interval, stratified by task: sides [S, tasks] -> point, low, high."""
     exact = exact_interval(statistic, *sides) if sides[0].shape[1] == 1 else None  # one task is one stratum
     scores = {"": sides if len(sides) > 1 else sides[0]}
     draw = statistic if exact is None else lambda *sides: 0.0
@@ -331,7 +326,7 @@ def ends_of(table, name):
 
 
 def largest_ratio(runs, rng):
-    """A group's largest ratios [S], their mean and its interval; of lost runs an earlier report may have kept these."""
+    """A group's largest ratios [S], mean and interval; of lost runs an earlier report may have kept these."""
     own = figure(runs, "largest_ratio").to_numpy()
     if not np.isnan(own).any():
         return own, *mean_interval(rng, own)
@@ -339,7 +334,7 @@ def largest_ratio(runs, rng):
 
 
 def llm_cells(table, runs, rng):
-    """Cells of a group of language models besides those of all groups."""
+    """Cells that only language models have."""
     curves = table[table["group"] == runs["group"].iloc[0]].pivot(index="seed", columns="step", values="pass@1")
     cells = {"start": f"{curves.iloc[:, 0].mean():.3f}", "best": f"{curves.max(axis=1).mean():.3f}"}
     cells["largest ratio (95%)"] = estimate(2, *largest_ratio(runs, rng)[1:], len(runs))
@@ -348,7 +343,7 @@ def llm_cells(table, runs, rng):
 
 
 def group_rows(task, table, runs, baseline, tables, rng):
-    """Adds a task's groups to the tables, rows by name: figures, comparison, published figures; returns the ends."""
+    """Adds a task's groups to the tables, rows by name; returns the ends."""
     ends, llm = ends_of(table, next(name for name in PANELS if name in table)), "pass@1" in table
     digits = 3 if llm else int(ends.abs().max() < 100)
     show, steps = f"{{:.{digits}f}}".format, table.groupby("group")["end"].first()
@@ -380,7 +375,7 @@ def group_rows(task, table, runs, baseline, tables, rng):
 
 
 def seed_rows(ends):
-    """Rows that compare groups of language models with GBPO at equal settings, where seeds meet: t-intervals."""
+    """Rows that compare language models with GBPO at equal settings, seed by seed: t-intervals."""
     for group in ends.index.unique("group"):
         gbpo = "GBPO" + group[group.index(" (") :]
         less = (ends[gbpo] - ends[group]).dropna() if gbpo in ends.index and group != gbpo else ()
@@ -388,14 +383,6 @@ def seed_rows(ends):
             cell = estimate(3, less.mean(), *ttest_1samp(less, 0).confidence_interval())
             row = {"pass@1 at the end, seed by seed": f"{gbpo} less {group}", "seeds": len(less), "mean (95%)": cell}
             yield row | {"each": ", ".join(f"{x:.2f}" for x in less)}
-
-
-def over_tasks(ends):
-    """Ends by task -> those of the groups that all tasks have, the first runs of each: group -> [runs, tasks]"""
-    tasks = list(ends.values())
-    groups = [x for x in tasks[0].index.unique("group") if all(x in task.index for task in tasks)] if tasks else []
-    least = {x: min(len(task[x]) for task in tasks) for x in groups}
-    return {x: np.stack([task[x].to_numpy()[: least[x]] for task in tasks], axis=1) for x in groups}
 
 
 def markdown(rows):
@@ -423,11 +410,6 @@ def line(colour, place, reference=False):
     dark, pale = [(1, 0), (0.4, 0), (0.5, 0.5), (0.3, 0.3)][place % MANY]
     style = "--" if reference else ("-", "--", "-.", ":")[place % MANY]
     return {"color": tuple(np.array(to_rgb(colour)) * dark + pale), "linestyle": style}
-
-
-def crowded(groups, looks):
-    """Whether there are too many groups for curves; references can be told apart."""
-    return sum(not looks[group][2] for group in groups) > MANY
 
 
 def draw_curves(axis, table, name, looks, rng):
@@ -458,10 +440,9 @@ def draw_ends(axis, figures, title, looks):
     axis.set(xlabel=title, ylim=(-0.6, len(figures) - 0.4))
 
 
-def draw_task(axes, names, table, runs, looks, rng):
-    """A panel per curve of a task's runs, or of many groups per figure at the end, the best on top."""
+def draw_task(axes, names, many, table, runs, looks, rng):
+    """A panel per curve of a task, or of many groups per figure at the end, the best on top."""
     order = ends_of(table, names[0]).groupby("group").mean().sort_values().index
-    many = crowded(order, looks)
     for axis, name in zip(axes, names):
         if many:
             ends = {x: ends_of(table, name)[x].to_numpy() for x in order}
@@ -509,9 +490,13 @@ def save(figure):
 
 def aggregate(ends, baseline, tables, looks):
     """Compares the groups that all tasks have, by normalised scores; ends by task -> picture."""
-    scales = {task: CONFIG["normal"].get(re.sub(r"-v\d+$", "", task)) for task in ends}
+    scales, scores = {task: CONFIG["normal"].get(re.sub(r"-v\d+$", "", task)) for task in ends}, {}
     ends = {task: values / scales[task] for task, values in ends.items() if scales[task]}
-    if not (scores := over_tasks(ends)):
+    for group in looks:
+        if ends and all(group in values.index for values in ends.values()):
+            least = min(len(values[group]) for values in ends.values())
+            scores[group] = np.stack([values[group].to_numpy()[:least] for values in ends.values()], axis=1)
+    if not scores:
         stop("--aggregate needs tasks with a published score, and a group that has runs of all of them")
     figures = {x: (y.mean(1), *rliable_interval(metrics.aggregate_iqm, y)) for x, y in scores.items()}
     picture, axes = make_figure(2)
@@ -523,8 +508,7 @@ def aggregate(ends, baseline, tables, looks):
         axes[1].fill_between(grid, *sides[group], color=style["color"], alpha=0.2, linewidth=0)
         axes[1].plot(grid, profiles[group], label=group, **style)
         row = {"group": group, "runs of each task": len(ours), "tasks": ", ".join(ends)}
-        row["mean, normalised"] = f"{ours.mean():.3f}"
-        row["IQM, normalised (95%)"] = estimate(3, *figures[group][1:])
+        row |= {"mean, normalised": f"{ours.mean():.3f}", "IQM, normalised (95%)": estimate(3, *figures[group][1:])}
         if baseline in scores:
             row[f"P(better than {baseline}) (95%)"] = probability(ours, scores[baseline]) if group != baseline else "-"
         tables["aggregate"].append(row)
@@ -572,13 +556,14 @@ def main(args):
     }
     tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published", "elsewhere")}, {}
     panels = {task: [name for name in PANELS if name in table] for task, table in tasks.items()}
-    groups, rng = [table["group"].unique() for table in tasks.values()], np.random.default_rng(0)
-    rows = max(map(len, groups)) if any(crowded(x, looks) for x in groups) else 0
+    groups, rng = {task: table["group"].unique() for task, table in tasks.items()}, np.random.default_rng(0)
+    many = {task: len({*names} - references) > MANY for task, names in groups.items()}
+    rows = max(map(len, groups.values())) * any(many.values())
     picture, axes = make_figure(sum(map(len, panels.values())), rows)
     for task, table in tasks.items():
         ends[task] = group_rows(task, table, runs[task], baseline, tables, rng)
         tables["pairs"] += seed_rows(ends[task]) if "pass@1" in table else []
-        draw_task(axes, panels[task], table, runs[task], looks, rng)
+        draw_task(axes, panels[task], many[task], table, runs[task], looks, rng)
         axes = axes[len(panels[task]) :]
     files = {"curves.png": save(picture), "curves.csv": to_csv(curves, 6), "summary.csv": to_csv(summary, 8)}
     if timed := {task: table for task, table in tasks.items() if "hours" in table}:

@@ -35,10 +35,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from filelock import lock_descriptor
 from pydantic import BaseModel, Field
-from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNERS = ("env_id", "seed", "output_dir", "resume")  # flags that the runner sets
@@ -243,7 +241,7 @@ def plan(suite, args):
     """The runs of a suite, all variants and tasks of a seed before the next seed; BadInput if something is wrong."""
     runs = {}
     for variant, task in itertools.product(suite.variants, suite.tasks):
-        if task not in (variant.tasks or suite.tasks):
+        if task not in (variant.tasks or [task]):
             continue
         script = variant.script or suite.script
         label = variant.name or Path(script).stem
@@ -256,7 +254,7 @@ def plan(suite, args):
             if any(x in flags or getattr(parsed, x, 0) != getattr(default, x, 0) for x in RUNNERS):
                 raise BadInput(f"the runner itself sets {', '.join(RUNNERS)}")
             check_task(module, env_id=task, **{x: y for x, y in vars(parsed).items() if x in ("env_backend", "algo")})
-            for seed in (seed for seed in suite.seeds if seed in (variant.seeds or suite.seeds)):
+            for seed in [x for x in suite.seeds if x in (variant.seeds or [x])]:
                 settings = dataclasses.replace(parsed, env_id=task, seed=seed)
                 name = f"{label}__{task.replace('/', '-')}__{seed}"
                 if name in runs:
@@ -304,15 +302,16 @@ def describe(args):
 
 
 def board(runs, ended_before, start_time):
-    """A line that sums up the sweep, and a table of the runs under way."""
+    """A line that sums up the sweep, and lines of the runs under way."""
     ended = sum(run.ended() for run in runs)
     each = (time.time() - start_time) / max(ended - ended_before, 1)
     left = timedelta(seconds=round(each * (len(runs) - ended))) if ended > ended_before else "?"
     states = sorted(Counter(run.state for run in runs).items(), reverse=True)
-    table = Table("run", "the last line of its log", box=None)
-    for run in (run for run in runs if run.state in ("running", "elsewhere")):
-        table.add_row(run.name, *map(escape, run.log()[-1:]))
-    return f"{len(runs)} runs: {', '.join(f'{n} {state}' for state, n in states)}; {left} left", table
+    rows = [("run", "the last line of its log")]
+    rows += [(run.name, *run.log()[-1:]) for run in runs if run.state in ("running", "elsewhere")]
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{name:{width}}  {''.join(last)}" for name, *last in rows]
+    return f"{len(runs)} runs: {', '.join(f'{n} {state}' for state, n in states)}; {left} left", lines
 
 
 def submit(runs, suite, args):
@@ -363,8 +362,8 @@ def follow(runs, workers):
                     run.process.send_signal(signal.SIGKILL if passed_on else signal.SIGTERM)
             passed_on = len(signals)
             if time.time() > next_time:
-                next_time, (line, table) = time.time() + (1 if live else 30), board(runs, *start)
-                live.update(Group(line, table), refresh=True) if live else print(line, flush=True)
+                next_time, (line, lines) = time.time() + (1 if live else 30), board(runs, *start)
+                live.update(Text("\n".join([line, *lines])), refresh=True) if live else print(line, flush=True)
             time.sleep(0.2)
     print(board(runs, *start)[0])
     return signals
