@@ -74,7 +74,7 @@ def make_envs(args, *_):
 
         return VecFrameStack(make_atari_env(name), 4), settings
     except Exception as error:  # whatever Gymnasium, or what it imports, raises
-        raise BadInput(f"cannot make {args.env_id}: {error!r}") from None
+        raise BadInput(f"cannot make {args.env_id}: {error}") from None
 
 
 def make_model(args, saved):
@@ -194,7 +194,7 @@ def load_run(args):
         with (folder / "checkpoint.pt").open("rb") as file:
             return folder, Args(**settings), pickle.load(file)
     except Exception as error:  # damaged files raise many kinds
-        raise BadInput(f"cannot use the run {folder}: {error!r}") from None
+        raise BadInput(f"cannot use the run {folder}: {error}") from None
 
 
 def train(args):
@@ -215,5 +215,5 @@ if __name__ == "__main__":
     try:
         train(tyro.cli(Args))
     except (BadInput, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)

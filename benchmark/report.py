@@ -304,7 +304,8 @@ def complete_table(table, runs, references):
     ends = lasts.groupby("group").min()
     reference = ends.index.isin(references)
     if not reference.all():
-        ends = ends.where(reference, np.inf).clip(upper=ends[~reference].min()).astype(int)
+        ours = ends[~reference].min()
+        ends = ends.clip(upper=ours).where(reference, ours)
     table = table.assign(end=table["group"].map(ends))
     if reference.any():  # at one pace, as the rates of a resumed run are those of its last process
         pace = figure(runs.set_index(["group", "seed"]), "training_seconds") / lasts
@@ -461,7 +462,8 @@ def draw_hours(tasks, looks, rng):
     """Returns against hours, a panel per task."""
     picture, axes = make_figure(len(tasks))
     for axis, (task, table) in zip(axes, tasks.items()):
-        draw_curves(axis, table.assign(step=table["hours"]).dropna(subset="step"), "return", looks, rng)
+        common = table[table["step"] <= table["end"]]  # runs of a group differ in pace, and must in nothing else
+        draw_curves(axis, common.assign(step=common["hours"]).dropna(subset="step"), "return", looks, rng)
         axis.set(xlabel="hours of one core", title=task)
         axis.xaxis.set_major_formatter(ScalarFormatter())
     return save(picture)

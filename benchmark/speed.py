@@ -45,7 +45,6 @@ class Args:
     env_id: str | None = None  # task
     num_envs: int | None = None  # locomotion, mjlab: environments stepped in parallel
     hidden_sizes: tuple[int, ...] | None = None  # continuous: widths to measure; mjlab: widths of the layers
-    minibatch_sizes: tuple[int, ...] | None = None  # continuous: sizes to measure
     device: Literal["cpu", "cuda"] | None = None  # mjlab: where all of it runs
     cores: tuple[int, ...] = (0,)  # processor cores that all are pinned to, one thread each
     output: str | None = None  # folder for speed.json and speed.md; default: the published one
@@ -136,12 +135,11 @@ def measure(program, pair, case, cores):
 
 
 def make_cases(args, pair, folder):
-    """What to measure, a dict each: one, or for continuous one for each width and minibatch size."""
-    given = {name: getattr(args, name) for name in pair.defaults if getattr(args, name) is not None}
+    """What to measure, a dict each: one, or for continuous one for each width."""
+    given = {name: x for name, x in vars(args).items() if name in pair.defaults and x is not None}
     case = dict(cores=len(args.cores), warm_up=pair.warm_up) | pair.defaults | given
     if args.pair == "continuous":
-        sizes = itertools.product(case.pop("hidden_sizes"), case.pop("minibatch_sizes"))
-        return [case | dict(hidden_size=width, minibatch_size=size) for width, size in sizes]
+        return [case | dict(hidden_size=width) for width in case["hidden_sizes"]]
     if args.pair == "llm":  # one model for all
         script = str(ROOT / "gbpo_llm.py")
         run_pinned([script, f"--output-dir={folder}", "--total-timesteps=0", "--device=cpu"], args.cores)
@@ -159,7 +157,7 @@ def make_cases(args, pair, folder):
 
 
 def check(args, pair):
-    for name in ("env_id", "num_envs", "hidden_sizes", "minibatch_sizes", "device"):
+    for name in ("env_id", "num_envs", "hidden_sizes", "device"):
         if getattr(args, name) is not None and name not in pair.defaults:
             bad_input(f"--{name.replace('_', '-')} does not belong to --pair {args.pair}")
     if not all(map(find_spec, pair.needs)):
