@@ -17,7 +17,6 @@ import re
 import sys
 import tempfile
 import tomllib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,9 +37,7 @@ DRAWS = 2000  # of a bootstrap
 EXACT = 4000  # resamples, up to which all are enumerated: three runs on either side have 729, five on one 3125
 MANY = 4  # groups of a task besides references, above which curves could not be told apart
 FEW = 3  # runs of a group, up to which each is drawn in place of an interval
-REFERENCE = "reference"  # the script whose groups are drawn dashed and may be shorter than ours
 KEYS = ["task", "group", "seed"]  # of a run
-SAME_GROUP = RUNNERS + HARMLESS  # settings in which runs of a group may differ
 CONFIG = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 COLOURS, PANELS = CONFIG["colours"], CONFIG["panels"]
 
@@ -63,7 +60,7 @@ def stop(line):
 
 
 def find_folders(paths):
-    """The run folders among the paths and below them, and the paths that hold none: earlier reports."""
+    """The run folders in the paths, and paths that hold none: earlier reports."""
     for path in paths:
         yield from sorted(x.parent for x in path.glob("**/args.json")) or [path]
 
@@ -159,7 +156,7 @@ def variant(folder, about):
 
 def differ(args, others, name):
     """Whether two runs differ in a setting that both have and that matters."""
-    return name not in SAME_GROUP and args[name] != others.get(name, args[name])
+    return name not in RUNNERS + HARMLESS and args[name] != others.get(name, args[name])
 
 
 def label(folder, about, others):
@@ -175,7 +172,7 @@ def label(folder, about, others):
 
 def check_settings(folder, about, group, settings):
     """Adds a run's settings to its task's, group -> settings, or stops if they do not fit."""
-    own = {name: x for name, x in about["args"].items() if name not in SAME_GROUP}
+    own = {name: x for name, x in about["args"].items() if name not in RUNNERS + HARMLESS}
     known = settings.setdefault(group, own)
     other = [x for x in own if (x != "total_timesteps" or "algo" in own) and differ(own, known, x)]
     ours = [x for x in (own, *settings.values()) if "algo" not in x]
@@ -286,7 +283,7 @@ def read_published():
 
 
 def method(group, script):
-    """The first word with a colour: "bpo-released", ... -> "bpo"; "lambda=1", "bpo_continuous_action" -> "bpo"."""
+    """The first word with a colour: "lambda=1", "bpo_continuous_action" -> "bpo"."""
     return next((word for word in re.split(r"[\W_]", f"{group} {script}".lower()) if word in COLOURS), "")
 
 
@@ -296,9 +293,9 @@ def figure(runs, name):
 
 
 def complete_table(table, runs, references):
-    """A task's curves with the step at which its runs are compared, end, and hours, if there are references.
+    """A task's curves with the step at which runs are compared, end, and hours, if there are references.
 
-    The end is the last step that all runs have. References neither shorten ours nor are read beyond their own end.
+    The end is the last step that all runs have; references do not shorten ours, and may end before.
     """
     lasts = table.groupby(["group", "seed"])["step"].max()
     ends = lasts.groupby("group").min()
@@ -367,7 +364,7 @@ def group_rows(task, table, runs, baseline, tables, rng):
             less = {f"mean less that of {baseline} (95%)": estimate(digits, *mean_interval(rng, last, base))}
             better = {f"P(better than {baseline}) (95%)": probability(last[:, None], base[:, None])}
             tables["against"].append(row | less | better)
-        if script != REFERENCE and (key := (game, method(group, script)), str(step)) in paper:
+        if script != "reference" and (key := (game, method(group, script)), str(step)) in paper:
             row |= {"steps": step, "ours": show(last.mean()), "authors' curve at as many": paper[key, str(step)]}
             tables["published"].append(row | {"paper's Table 1, converged": paper.get((key, "end"), "-")})
     if "hours" in table:
@@ -399,10 +396,9 @@ def markdown(rows):
 
 def looks_of(methods, references=()):
     """Group -> method to group -> the method's colour, how many groups had it before, whether it is a reference."""
-    before, looks = Counter(), {}
-    for group, name in methods.items():
-        looks[group] = COLOURS.get(name, "#777777"), before[name], group in references
-        before[name] += 1
+    names, looks = [*methods.values()], {}
+    for place, (group, name) in enumerate(methods.items()):
+        looks[group] = COLOURS.get(name, "#777777"), names[:place].count(name), group in references
     return looks
 
 
@@ -522,7 +518,7 @@ def aggregate(ends, baseline, tables, looks):
 
 
 def write_all(folder, files):
-    """Writes files, name -> bytes, all or none: a full disk leaves the old ones whole."""
+    """Writes files, name -> bytes, all or none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as new:
@@ -551,7 +547,7 @@ def main(args):
     baseline = args.baseline or next(iter(usual), "none")
     if args.baseline and baseline not in methods:
         stop(f"no group {baseline}: there are {', '.join(methods)}")
-    references = {*summary["group"][summary["script"] == REFERENCE]}
+    references = {*summary["group"][summary["script"] == "reference"]}
     runs, looks = dict([*summary.groupby("task")]), looks_of(methods, references)
     tasks = {
         x: complete_table(table.dropna(axis=1, how="all"), runs[x], references) for x, table in curves.groupby("task")

@@ -112,16 +112,17 @@ class Run:
         return [sys.executable, str(self.script), *words(flags)]
 
     def check_settings(self, defaults):
-        """BadInput if the folder holds a run with other settings, which must be neither resumed nor taken for this."""
+        """BadInput if the folder holds a run with other settings, which must not be taken for this one."""
         for folder in self.folders("args.json"):
             try:
                 about = json.loads((folder / "args.json").read_bytes())
                 found = defaults | about["args"] | {"script": about["script"], "format": about.get("format")}
+                pairs = [(x, found[x], y) for x, y in self.settings.items() if x not in RUNNERS + HARMLESS]
+                wrong = [f"{name}={value}, not {wanted}" for name, value, wanted in pairs if value != wanted]
             except (ValueError, LookupError, TypeError, AttributeError):
-                raise BadInput(f"{folder} has a damaged args.json: move it or rename the sweep") from None
-            for name, wanted in self.settings.items():
-                if found[name] != wanted and name not in RUNNERS + HARMLESS:
-                    raise BadInput(f"{folder} has {name}={found[name]}, not {wanted}: move it or rename the sweep")
+                wrong = ["a damaged args.json"]
+            if wrong:
+                raise BadInput(f"{folder} has {wrong[0]}: move it or rename the sweep")
 
     def advance(self, stopping=False):
         """Starts, retries or closes the run if it is time to; returns a line to print, or None."""
@@ -238,7 +239,7 @@ def check_task(module, **settings):
 
 
 def plan(suite, args):
-    """The runs of a suite, all variants and tasks of a seed before the next seed; BadInput if something is wrong."""
+    """The runs of a suite, all variants and tasks of a seed before the next seed; or BadInput."""
     runs = {}
     for variant, task in itertools.product(suite.variants, suite.tasks):
         if task not in (variant.tasks or [task]):
@@ -271,7 +272,7 @@ def plan(suite, args):
 
 
 def read_suite(args):
-    """The sweep that the arguments ask for; BadInput if they do not describe one."""
+    """The sweep that the arguments ask for."""
     if args.suite and (args.flags or args.total_timesteps or (args.name, args.scripts) != (Args.name, Args.scripts)):
         raise BadInput("a suite file has its own name, scripts, total_timesteps and flags")
     try:
@@ -297,20 +298,19 @@ def describe(args):
     for script, *flags in itertools.product(args.scripts, *([(x, y) for y in z.split(",")] for x, _, z in named)):
         label = "+".join([Path(script).stem, *map("=".join, flags)])
         variants.append({"name": label, "script": script, "flags": dict(flags)})
-    suite = dict(name=args.name, tasks=list(args.tasks), seeds=3 if args.seeds is None else args.seeds)
-    return suite | dict(total_timesteps=args.total_timesteps, variants=variants)
+    suite = dict(name=args.name, tasks=list(args.tasks), total_timesteps=args.total_timesteps, variants=variants)
+    return suite | dict(seeds=3 if args.seeds is None else args.seeds)
 
 
 def board(runs, ended_before, start_time):
-    """A line that sums up the sweep, and lines of the runs under way."""
+    """A line that sums up the sweep, and one of each run under way."""
     ended = sum(run.ended() for run in runs)
     each = (time.time() - start_time) / max(ended - ended_before, 1)
     left = timedelta(seconds=round(each * (len(runs) - ended))) if ended > ended_before else "?"
     states = sorted(Counter(run.state for run in runs).items(), reverse=True)
-    rows = [("run", "the last line of its log")]
-    rows += [(run.name, *run.log()[-1:]) for run in runs if run.state in ("running", "elsewhere")]
-    width = max(len(name) for name, *_ in rows)
-    lines = [f"{name:{width}}  {''.join(last)}" for name, *last in rows]
+    active = [run for run in runs if run.state in ("running", "elsewhere")]
+    width = max((len(run.name) for run in active), default=0)
+    lines = [f"{run.name:{width}}  {''.join(run.log()[-1:])}" for run in active]
     return f"{len(runs)} runs: {', '.join(f'{n} {state}' for state, n in states)}; {left} left", lines
 
 

@@ -2,7 +2,6 @@
 
     pip install -r benchmark/requirements.txt
     python benchmark/speed.py --pair continuous
-    python benchmark/speed.py --pair continuous --programs bpo_continuous_action "bpo_continuous_action --no-compile"
     python benchmark/speed.py --pair mjlab --device cuda --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096
 
 All programs of a pair (see speed.toml) run round by round, pinned to the same cores. A figure is steps (llm: completion
@@ -10,7 +9,6 @@ tokens) per second of wall time after the warm-up: acting, simulation, learning 
 the same round. Imports, compilation and the end are given apart.
 """
 
-import itertools
 import json
 import os
 import shlex
@@ -26,19 +24,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import pandas as pd
 import tyro
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-PAIRS = {name: SimpleNamespace(**pair) for name, pair in PAIRS.items()}
+PAIRS = {x: SimpleNamespace(**y) for x, y in tomllib.loads(Path(__file__).with_suffix(".toml").read_text()).items()}
 HEADINGS = {"hidden_size": "network", "minibatch_size": "minibatch"}  # of the settings in speed.md
 
 
 @dataclass
 class Args:
-    pair: Literal["continuous", "atari", "llm", "locomotion", "mjlab"]  # what to measure beside its peer
+    pair: Literal[*PAIRS]  # what to measure beside its peer
     programs: tuple[str, ...] = ()  # scripts with flags, each in quotes, in place of the pair's own choice
     rounds: PositiveInt = 3  # measurements of each
     iterations: PositiveInt | None = None  # of each measurement, warm-up included
@@ -56,7 +54,7 @@ def bad_input(line):
 
 
 def steady_rate(points, warm_up):
-    """Work per second after the warm-up, from the work done and the time at the start and after each iteration."""
+    """Work per second after the warm-up, from (work done, time) at the start and after each iteration."""
     (work, start), (total, end) = points[warm_up], points[-1]
     return (total - work) / (end - start)
 
@@ -94,12 +92,10 @@ def table(rows, pair):
 
 def read_metrics(folder, pair):
     """What the peers return, for a run of ours."""
-    lines = next(Path(folder).glob("*/metrics.csv")).read_text().splitlines()
-    rows = [dict(zip(lines[0].split(","), map(float, line.split(",")))) for line in lines[1:]]
-    work = [row["step"] for row in rows]
-    if pair.unit == "completion tokens":
-        work = itertools.accumulate(512 * row["completions/mean_length"] for row in rows)
-    return [(0, 0), *((done, row["step"] / row["charts/SPS"]) for done, row in zip(work, rows))]
+    rows = pd.read_csv(next(Path(folder).glob("*/metrics.csv")))
+    tokens = pair.unit == "completion tokens"
+    work = (512 * rows["completions/mean_length"]).cumsum() if tokens else rows["step"]
+    return [(0, 0), *zip(work, rows["step"] / rows["charts/SPS"])]
 
 
 def run_pinned(words, cores):
