@@ -535,7 +535,7 @@ def to_csv(table, digits):
 
 
 def main(args):
-    """Makes the report, all or nothing."""
+    """Makes the report."""
     if args.interval is not None and args.interval < 1:
         stop("--interval must be at least 1")
     matplotlib.use("Agg")
