@@ -5,8 +5,7 @@
 
 The second adds new runs to an earlier report's, whose run folders may be gone. Runs of a suite are grouped by task and
 variant, language models by objective, clip ratio and epochs, others by script and the flags in which they differ.
-Intervals are 95% bootstrap intervals over runs. The interquartile mean (IQM), P(a run of the group is better than one
-of the baseline) and the performance profile are rliable's (Agarwal et al., "Statistical Precipice").
+Intervals are 95% bootstrap intervals over runs; some statistics are rliable's (Agarwal et al., 2021).
 """
 
 import contextlib
@@ -14,10 +13,10 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import sys
-from collections import Counter
+import tempfile
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,39 +27,19 @@ import pandas as pd
 import tyro
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, ScalarFormatter
 from rliable import library, metrics
+from run import HARMLESS, RUNNERS
 from scipy.stats import ttest_1samp
 
 WINDOW = 100  # episodes
 DRAWS = 2000  # of a bootstrap
 EXACT = 4000  # resamples, up to which all are enumerated: three runs on either side have 729, five on one 3125
-MANY = 4  # groups of a task, above which curves could not be told apart
+MANY = 4  # groups of a task besides references, above which curves could not be told apart
 FEW = 3  # runs of a group, up to which each is drawn in place of an interval
 KEYS = ["task", "group", "seed"]  # of a run
-SAME_GROUP = (  # settings in which runs of a group may differ: the runner's, and those that change no learning
-    "env_id seed output_dir resume compile cuda_graphs device exp_name checkpoint_seconds track wandb_project_name "
-    "wandb_entity"
-).split()
-# Returns that count as 1 in --aggregate: Tianshou's PPO; Swimmer: about what the paper's Table 1 has for PPO
-NORMAL = {"HalfCheetah": 5783, "Hopper": 2609, "Walker2d": 3588, "Ant": 3258, "Humanoid": 787, "Swimmer": 360}
-COLOURS = {"bpo": "#0072B2", "gbpo": "#0072B2", "ppo": "#D55E00", "grpo": "#D55E00", "spo": "#2CA02C"}  # of methods
-COLOURS |= {"dr": "#E6B800", "dapo": "#CC79A7", "gspo": "#8C564B", "sapo": "#000000"}
-PANELS = {  # the curves that are drawn -> label of the axis; the first that a task has is in its table
-    "return": f"return, mean of the last {WINDOW} episodes",
-    "pass@1": "held-out pass@1",
-    "ratio_max": "largest ratio in the last epoch",
-    "charts/mean_return_100": "return, last 100 episodes",
-    "charts/mean_length_100": "episode length",
-    "rewards/tracking_lin_vel": "tracking of the velocity",
-    "rewards/tracking_ang_vel": "tracking of the turning rate",
-    "charts/learning_rate": "learning rate",
-    "losses/kl": "KL divergence, nats",
-    "ratio/high_mean": "mean ratio above 1",
-    "ratio/low_mean": "mean ratio below 1",
-    "ratio/out_of_bounds": "ratios out of bounds",
-    "charts/std": "deviation of actions",
-}
+CONFIG = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+COLOURS, PANELS = CONFIG["colours"], CONFIG["panels"]
 
 
 @dataclass
@@ -81,10 +60,9 @@ def stop(line):
 
 
 def find_folders(paths):
-    """The run folders among the paths and below them, and the paths that hold none: earlier reports."""
+    """The run folders in the paths, and paths that hold none: earlier reports."""
     for path in paths:
-        below = [] if (path / "args.json").exists() else sorted(x.parent for x in path.glob("**/args.json"))
-        yield from below or [path]
+        yield from sorted(x.parent for x in path.glob("**/args.json")) or [path]
 
 
 def read_run(folder):
@@ -103,7 +81,7 @@ def read_run(folder):
 
 
 def summarise(about, tables):
-    """Figures of a whole run besides its curves, those that it has: name -> number."""
+    """Figures of a run besides its curves: name -> number."""
     table, task = tables["metrics"], about["args"]["env_id"]
     summary = {name: table[name].mean() for name in ("ratio/out_of_bounds", "losses/kl") if name in table}
     if "theory/improvement_bound" in table:
@@ -144,10 +122,9 @@ def make_grid(known, interval, end):
 
 def curve(steps, returns, grid):
     """Mean return of the last WINDOW episodes that had ended by each step of the grid[K]; NaN before the first: [K]"""
-    sums = np.concatenate([[0.0], np.cumsum(returns)])
+    means = pd.Series(returns).rolling(WINDOW, min_periods=1).mean().to_numpy()
     ended = np.searchsorted(steps, grid, side="right")
-    first = np.maximum(ended - WINDOW, 0)
-    return np.where(ended > 0, (sums[ended] - sums[first]) / np.maximum(ended - first, 1), np.nan)
+    return np.where(ended > 0, means[ended - 1], np.nan)
 
 
 def make_curves(tables, grid):
@@ -157,12 +134,10 @@ def make_curves(tables, grid):
         points = tables["evaluations"][["step", "pass@1"]].astype({"step": int})
         then = table.iloc[np.searchsorted(table["step"], points["step"])].reset_index().where(points["step"] > 0)
         return points.assign(ratio_max=then["ratio/max"], out_of_bounds=then["ratio/out_of_bounds"])
-    if len(grid) == 0:
-        raise ValueError("it is shorter than the points of the curve are apart: see --interval")
+    if len(grid) == 0 or grid[-1] < tables.get("episodes", table)["step"].iloc[0]:
+        raise ValueError("nothing had ended by a point of the curve: see --interval")
     if "episodes" in tables:
         steps, returns = tables["episodes"][["step", "return"]].to_numpy().T
-        if grid[-1] < steps[0]:
-            raise ValueError("no episode had ended by a point of the curve: see --interval")
         return pd.DataFrame({"step": grid, "return": curve(steps, returns, grid)})
     nearest = np.searchsorted((grid[:-1] + grid[1:]) / 2, table["step"], side="right")
     means = table[[name for name in PANELS if name in table]].groupby(nearest).mean()
@@ -180,8 +155,8 @@ def variant(folder, about):
 
 
 def differ(args, others, name):
-    """Whether two runs' settings differ in this one, which both have and which matters."""
-    return name not in SAME_GROUP and args[name] != others.get(name, args[name])
+    """Whether two runs differ in a setting that both have and that matters."""
+    return name not in RUNNERS + HARMLESS and args[name] != others.get(name, args[name])
 
 
 def label(folder, about, others):
@@ -196,11 +171,13 @@ def label(folder, about, others):
 
 
 def check_settings(folder, about, group, settings):
-    """Adds the run's settings to its task's, group -> settings, or stops if they do not fit them."""
-    own = {name: x for name, x in about["args"].items() if name not in SAME_GROUP}
-    other = [x for x in own if x != "total_timesteps" and differ(own, settings.setdefault(group, own), x)]
-    scheduled = about["script"].endswith("_llm") or any(x.get("lr_schedule") == "linear" for x in settings.values())
-    if scheduled and len({x.get("total_timesteps") for x in (own, *settings.values())}) > 1:
+    """Adds a run's settings to its task's, group -> settings, or stops if they do not fit."""
+    own = {name: x for name, x in about["args"].items() if name not in RUNNERS + HARMLESS}
+    known = settings.setdefault(group, own)
+    other = [x for x in own if (x != "total_timesteps" or "algo" in own) and differ(own, known, x)]
+    ours = [x for x in (own, *settings.values()) if "algo" not in x]
+    scheduled = about["script"].endswith("_llm") or any(x.get("lr_schedule") == "linear" for x in ours)
+    if scheduled and len({x.get("total_timesteps") for x in ours}) > 1:
         other.append("total_timesteps, on which the learning rate depends")
     if other:
         stop(f"{folder} has other settings than other runs: {', '.join(other)}; make a report of each")
@@ -218,7 +195,7 @@ def skipping(folder):
 
 
 def collect(args):
-    """All runs: curves and summary, tables with a row per point and per run, and settings by task and group."""
+    """Curves and summary, tables with a row per point and per run, and settings by task and group."""
     curves, summaries, settings, new = [], [], {}, []
     for folder in find_folders(args.runs):
         with skipping(folder):
@@ -263,21 +240,19 @@ def exact_interval(statistic, *sides):
 
 
 def mean_interval(rng, *sides):
-    """Mean of a side [S, ...], or of one less another's, and its interval: point, low, high.
-
-    It draws even where it enumerates, so that no interval depends on the size of the groups before.
-    """
+    """Mean of a side [S, ...], or of one less another's, and its interval: point, low, high."""
 
     def statistic(ours, *theirs, axis=0):
         return ours.mean(axis) - sum(x.mean(axis) for x in theirs)
 
+    # Drawn even where all are enumerated, so that no interval depends on the size of the groups before.
     draws = statistic(*(side[rng.integers(len(side), size=(DRAWS, len(side)))] for side in sides), axis=1)
     exact = exact_interval(statistic, *sides)
     return statistic(*sides), *(np.quantile(draws, [0.025, 0.975], axis=0) if exact is None else exact)
 
 
 def rliable_interval(statistic, *sides):
-    """A statistic of rliable and its interval, stratified by task: sides [S, tasks] -> point, low, high. As above."""
+    """A statistic of rliable and its interval, stratified by task: sides [S, tasks] -> point, low, high."""
     exact = exact_interval(statistic, *sides) if sides[0].shape[1] == 1 else None  # one task is one stratum
     scores = {"": sides if len(sides) > 1 else sides[0]}
     draw = statistic if exact is None else lambda *sides: 0.0
@@ -300,16 +275,15 @@ def probability(ours, theirs):
 
 
 def read_published():
-    """The paper's Table 1, at step "end", and its authors' curves: (task, algorithm, step) -> return, all strings."""
-    return (
-        pd.read_csv(Path(__file__).with_name("published.csv"), comment="#", dtype=str)
-        .set_index(["task", "algorithm", "step"])["return"]
-        .to_dict()
-    )
+    """Published figures, strings: the paper's, ((task, algorithm), step) -> return, and a table of the others."""
+    table = pd.read_csv(Path(__file__).with_name("published.csv"), comment="#", dtype=str)
+    ours = table["source"] == "paper"
+    paper = {((task, algorithm), step): x for task, algorithm, step, x, _ in table[ours].itertuples(index=False)}
+    return paper, table[~ours]
 
 
 def method(group, script):
-    """The first word with a colour: "bpo-released", ... -> "bpo"; "lambda=1", "bpo_continuous_action" -> "bpo"."""
+    """The first word with a colour: "lambda=1", "bpo_continuous_action" -> "bpo"."""
     return next((word for word in re.split(r"[\W_]", f"{group} {script}".lower()) if word in COLOURS), "")
 
 
@@ -318,21 +292,39 @@ def figure(runs, name):
     return runs.get(name, pd.Series(np.nan, runs.index))
 
 
+def complete_table(table, runs, references):
+    """A task's curves with the step at which runs are compared, end, and hours, if there are references.
+
+    The end is the last step that all runs have; references do not shorten ours, and may end before.
+    """
+    lasts = table.groupby(["group", "seed"])["step"].max()
+    ends = lasts.groupby("group").min()
+    reference = ends.index.isin(references)
+    if not reference.all():
+        ours = ends[~reference].min()
+        ends = ends.clip(upper=ours).where(reference, ours)
+    table = table.assign(end=table["group"].map(ends))
+    if reference.any():  # at one pace, as the rates of a resumed run are those of its last process
+        pace = figure(runs.set_index(["group", "seed"]), "training_seconds") / lasts
+        table["hours"] = table["step"] * pace.loc[[*zip(table["group"], table["seed"])]].to_numpy() / 3600
+    return table
+
+
 def ends_of(table, name):
-    """Figures of a task's runs at the last step that all have (language models: each one's last), by group and seed."""
+    """Figures of a task's runs at their end (language models: each one's last), by group and seed."""
     runs = table.groupby(["group", "seed"])
     if "pass@1" in table:
         return runs[name].last()
-    end = runs["step"].max().min()
-    ends = table[table["step"] == end].set_index(["group", "seed"])[name].reindex(runs.size().index)
+    ends = table[table["step"] == table["end"]].set_index(["group", "seed"])[name].reindex(runs.size().index)
     if name == "return" and ends.isna().any():
         late = ", ".join(f"{group} {seed}" for group, seed in ends.index[ends.isna()])
-        stop(f"{table['task'].iloc[0]}: the shortest run ends at step {end}, where no episode had ended in {late}")
+        task, end = table[["task", "end"]].iloc[0]
+        stop(f"{task}: the shortest run ends at step {end}, where no episode had ended in {late}")
     return ends
 
 
 def largest_ratio(runs, rng):
-    """A group's largest ratios [S], their mean and its interval; of lost runs an earlier report may have kept these."""
+    """A group's largest ratios [S], mean and interval; of lost runs an earlier report may have kept these."""
     own = figure(runs, "largest_ratio").to_numpy()
     if not np.isnan(own).any():
         return own, *mean_interval(rng, own)
@@ -340,7 +332,7 @@ def largest_ratio(runs, rng):
 
 
 def llm_cells(table, runs, rng):
-    """Cells of a group of language models besides those of all groups."""
+    """Cells that only language models have."""
     curves = table[table["group"] == runs["group"].iloc[0]].pivot(index="seed", columns="step", values="pass@1")
     cells = {"start": f"{curves.iloc[:, 0].mean():.3f}", "best": f"{curves.max(axis=1).mean():.3f}"}
     cells["largest ratio (95%)"] = estimate(2, *largest_ratio(runs, rng)[1:], len(runs))
@@ -349,35 +341,39 @@ def llm_cells(table, runs, rng):
 
 
 def group_rows(task, table, runs, baseline, tables, rng):
-    """Adds a task's groups to the tables, rows by name: figures, comparison, published figures; returns the ends."""
+    """Adds a task's groups to the tables, rows by name; returns the ends."""
     ends, llm = ends_of(table, next(name for name in PANELS if name in table)), "pass@1" in table
-    end, published = table.groupby(["group", "seed"])["step"].max().min(), read_published()
     digits = 3 if llm else int(ends.abs().max() < 100)
+    show, steps = f"{{:.{digits}f}}".format, table.groupby("group")["end"].first()
+    (paper, elsewhere), game = read_published(), task.replace("NoFrameskip-v4", "-v5")
     for group, last in ends.groupby("group"):
         last, own, row = last.to_numpy(), runs[runs["group"] == group], {"task": task, "group": group}
-        count, caught = len(last), figure(own, "caught").mean(skipna=False)
-        cells = {"seeds": count, "steps": end, "mean (95%)": estimate(digits, *mean_interval(rng, last), count)}
+        count, step, script = len(last), steps[group], own["script"].iloc[0]
+        cells = {"seeds": count, "steps": step, "mean (95%)": estimate(digits, *mean_interval(rng, last), count)}
         iqm = rliable_interval(metrics.aggregate_iqm, last[:, None])
-        cells |= {"IQM (95%)": estimate(digits, *iqm, count), "std": f"{pd.Series(last).std():.{digits}f}"}
+        cells |= {"IQM (95%)": estimate(digits, *iqm, count), "std": show(pd.Series(last).std())}
         worst = np.sort(last)[: math.ceil(count / 4)].mean() if count > FEW else np.nan
-        cells |= {"worst quarter": f"{worst:.{digits}f}", "caught": f"{caught:.0%}"}
+        cells |= {"worst quarter": show(worst), "caught": f"{figure(own, 'caught').mean(skipna=False):.0%}"}
         cells |= llm_cells(table, own, rng) if llm else {}
-        tables["groups"].append(row | cells | {"each": ", ".join(f"{x:.{digits}f}" for x in last)})
-        base = ends[baseline].to_numpy() if baseline in ends.index and group != baseline and not llm else last[:0]
+        if "hours" in table:
+            cells["hours of one core"] = f"{ends_of(table, 'hours')[group].mean():.2f}"
+        tables["groups"].append(row | cells | {"each": ", ".join(map(show, last))})
+        comparable = group != baseline and not llm and steps.get(baseline) == step
+        base = ends[baseline].to_numpy() if comparable else last[:0]
         if min(count, len(base)) > 1:
             less = {f"mean less that of {baseline} (95%)": estimate(digits, *mean_interval(rng, last, base))}
             better = {f"P(better than {baseline}) (95%)": probability(last[:, None], base[:, None])}
             tables["against"].append(row | less | better)
-        key = task.replace("NoFrameskip-v4", "-v5"), method(group, own["script"].iloc[0])
-        if (*key, str(end)) in published:
-            row |= {"steps": end, "ours": f"{last.mean():.{digits}f}"}
-            row["authors' curve at as many"] = published[*key, str(end)]
-            tables["published"].append(row | {"paper's Table 1, converged": published.get((*key, "end"), "-")})
+        if script != "reference" and (key := (game, method(group, script)), str(step)) in paper:
+            row |= {"steps": step, "ours": show(last.mean()), "authors' curve at as many": paper[key, str(step)]}
+            tables["published"].append(row | {"paper's Table 1, converged": paper.get((key, "end"), "-")})
+    if "hours" in table:
+        tables["elsewhere"] += elsewhere[elsewhere["task"].str.startswith(game.split("-")[0])].to_dict("records")
     return ends
 
 
 def seed_rows(ends):
-    """Rows that compare groups of language models with GBPO at equal settings, where seeds meet: t-intervals."""
+    """Rows that compare language models with GBPO at equal settings, seed by seed: t-intervals."""
     for group in ends.index.unique("group"):
         gbpo = "GBPO" + group[group.index(" (") :]
         less = (ends[gbpo] - ends[group]).dropna() if gbpo in ends.index and group != gbpo else ()
@@ -387,17 +383,9 @@ def seed_rows(ends):
             yield row | {"each": ", ".join(f"{x:.2f}" for x in less)}
 
 
-def over_tasks(ends):
-    """Ends by task -> those of the groups that all tasks have, the first runs of each: group -> [runs, tasks]"""
-    tasks = list(ends.values())
-    groups = [x for x in tasks[0].index.unique("group") if all(x in task.index for task in tasks)] if tasks else []
-    least = {x: min(len(task[x]) for task in tasks) for x in groups}
-    return {x: np.stack([task[x].to_numpy()[: least[x]] for task in tasks], axis=1) for x in groups}
-
-
 def markdown(rows):
     """A table, without columns that say nothing."""
-    table = pd.DataFrame(rows).astype(str).replace({"nan": "-", "nan%": "-", "nan +- nan": "-"})
+    table = pd.DataFrame(rows).astype(str).replace({"nan": "-", "nan%": "-"})
     table = table.loc[:, (table != "-").any()]
     lines = [f"| {' | '.join(row)} |" for row in (table.columns, *table.to_numpy())]
     return "\n".join([lines[0], "|-" * table.shape[1] + "|", *lines[1:]])
@@ -406,16 +394,19 @@ def markdown(rows):
 # --- pictures
 
 
-def looks_of(methods):
-    """Group -> method to group -> the method's colour, which other groups of the method have before this one."""
-    before = Counter()
-    return {x: (COLOURS.get(name, "#777777"), before.update([name]) or before[name] - 1) for x, name in methods.items()}
+def looks_of(methods, references=()):
+    """Group -> method to group -> the method's colour, how many groups had it before, whether it is a reference."""
+    names, looks = [*methods.values()], {}
+    for place, (group, name) in enumerate(methods.items()):
+        looks[group] = COLOURS.get(name, "#777777"), names[:place].count(name), group in references
+    return looks
 
 
-def line(colour, place):
-    """Style of a line: the method's colour, for its other groups darker or paler, and broken."""
+def line(colour, place, reference=False):
+    """Style of a line: the method's colour, for its other groups darker or paler, and broken. References are dashed."""
     dark, pale = [(1, 0), (0.4, 0), (0.5, 0.5), (0.3, 0.3)][place % MANY]
-    return {"color": tuple(np.array(to_rgb(colour)) * dark + pale), "linestyle": ("-", "--", "-.", ":")[place % MANY]}
+    style = "--" if reference else ("-", "--", "-.", ":")[place % MANY]
+    return {"color": tuple(np.array(to_rgb(colour)) * dark + pale), "linestyle": style}
 
 
 def draw_curves(axis, table, name, looks, rng):
@@ -446,11 +437,9 @@ def draw_ends(axis, figures, title, looks):
     axis.set(xlabel=title, ylim=(-0.6, len(figures) - 0.4))
 
 
-def draw_task(axes, table, runs, looks, rng):
-    """A panel per curve of a task's runs, or of many groups per figure at the end, the best on top."""
-    names = [name for name in PANELS if name in table]
+def draw_task(axes, names, many, table, runs, looks, rng):
+    """A panel per curve of a task, or of many groups per figure at the end, the best on top."""
     order = ends_of(table, names[0]).groupby("group").mean().sort_values().index
-    many = len(order) > MANY
     for axis, name in zip(axes, names):
         if many:
             ends = {x: ends_of(table, name)[x].to_numpy() for x in order}
@@ -463,6 +452,17 @@ def draw_task(axes, table, runs, looks, rng):
         scale = "log" if name in ("ratio_max", "charts/learning_rate") else "linear"
         axis.set(**{"xscale" if many else "yscale": scale})
     axes[0].set_title(table["task"].iloc[0])
+
+
+def draw_hours(tasks, looks, rng):
+    """Returns against hours, a panel per task."""
+    picture, axes = make_figure(len(tasks))
+    for axis, (task, table) in zip(axes, tasks.items()):
+        common = table[table["step"] <= table["end"]]  # runs of a group differ in pace, and must in nothing else
+        draw_curves(axis, common.assign(step=common["hours"]).dropna(subset="step"), "return", looks, rng)
+        axis.set(xlabel="hours of one core", title=task)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+    return save(picture)
 
 
 def make_figure(panels, rows=0):
@@ -488,9 +488,13 @@ def save(figure):
 
 def aggregate(ends, baseline, tables, looks):
     """Compares the groups that all tasks have, by normalised scores; ends by task -> picture."""
-    scales = {task: NORMAL.get(re.sub(r"-v\d+$", "", task)) for task in ends}
+    scales, scores = {task: CONFIG["normal"].get(re.sub(r"-v\d+$", "", task)) for task in ends}, {}
     ends = {task: values / scales[task] for task, values in ends.items() if scales[task]}
-    if not (scores := over_tasks(ends)):
+    for group in looks:
+        if ends and all(group in values.index for values in ends.values()):
+            least = min(len(values[group]) for values in ends.values())
+            scores[group] = np.stack([values[group].to_numpy()[:least] for values in ends.values()], axis=1)
+    if not scores:
         stop("--aggregate needs tasks with a published score, and a group that has runs of all of them")
     figures = {x: (y.mean(1), *rliable_interval(metrics.aggregate_iqm, y)) for x, y in scores.items()}
     picture, axes = make_figure(2)
@@ -502,8 +506,7 @@ def aggregate(ends, baseline, tables, looks):
         axes[1].fill_between(grid, *sides[group], color=style["color"], alpha=0.2, linewidth=0)
         axes[1].plot(grid, profiles[group], label=group, **style)
         row = {"group": group, "runs of each task": len(ours), "tasks": ", ".join(ends)}
-        row["mean, normalised"] = f"{ours.mean():.3f}"
-        row["IQM, normalised (95%)"] = estimate(3, *figures[group][1:])
+        row |= {"mean, normalised": f"{ours.mean():.3f}", "IQM, normalised (95%)": estimate(3, *figures[group][1:])}
         if baseline in scores:
             row[f"P(better than {baseline}) (95%)"] = probability(ours, scores[baseline]) if group != baseline else "-"
         tables["aggregate"].append(row)
@@ -515,20 +518,15 @@ def aggregate(ends, baseline, tables, looks):
 
 
 def write_all(folder, files):
-    """Writes files, name -> bytes, all or none: a full disk leaves the old ones whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    new = {name: folder / f".{name}.new" for name in files}
+    """Writes files, name -> bytes, all or none."""
     try:
-        for name, path in new.items():
-            with path.open("wb") as file:
-                file.write(files[name])
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in new.items():
-            path.replace(folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as new:
+            for name, content in files.items():
+                Path(new, name).write_bytes(content)
+            for name in files:
+                Path(new, name).replace(folder / name)
     except OSError as error:
-        for path in new.values():
-            path.unlink(missing_ok=True)
         stop(f"cannot write to {folder}, which is as before: {error.strerror}")
 
 
@@ -536,24 +534,10 @@ def to_csv(table, digits):
     return table.dropna(axis=1, how="all").to_csv(index=False, float_format=f"%.{digits}g").encode()
 
 
-def make_report(tasks, summary, baseline, looks):
-    """Rows of the tables by name, the picture, and ends by task, from curves by task and figures of runs."""
-    tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published")}, {}
-    panels = {task: sum(name in table for name in PANELS) for task, table in tasks.items()}
-    groups, rng = max(table["group"].nunique() for table in tasks.values()), np.random.default_rng(0)
-    picture, axes = make_figure(sum(panels.values()), groups * (groups > MANY))
-    for task, table in tasks.items():
-        runs = summary[summary["task"] == task]
-        ends[task] = group_rows(task, table, runs, baseline, tables, rng)
-        tables["pairs"] += seed_rows(ends[task]) if "pass@1" in table else []
-        draw_task(axes[: panels[task]], table, runs, looks, rng)
-        axes = axes[panels[task] :]
-    return tables, save(picture), ends
-
-
 def main(args):
-    if args.output.is_file() or (args.interval is not None and args.interval < 1):
-        stop(f"--output {args.output} is a file" if args.output.is_file() else "--interval must be at least 1")
+    """Makes the report."""
+    if args.interval is not None and args.interval < 1:
+        stop("--interval must be at least 1")
     matplotlib.use("Agg")
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     np.random.seed(0)  # rliable draws from this generator, whatever random_state it is given
@@ -563,9 +547,25 @@ def main(args):
     baseline = args.baseline or next(iter(usual), "none")
     if args.baseline and baseline not in methods:
         stop(f"no group {baseline}: there are {', '.join(methods)}")
-    tasks, looks = {x: table.dropna(axis=1, how="all") for x, table in curves.groupby("task")}, looks_of(methods)
-    tables, picture, ends = make_report(tasks, summary, baseline, looks)
-    files = {"curves.png": picture, "curves.csv": to_csv(curves, 6), "summary.csv": to_csv(summary, 8)}
+    references = {*summary["group"][summary["script"] == "reference"]}
+    runs, looks = dict([*summary.groupby("task")]), looks_of(methods, references)
+    tasks = {
+        x: complete_table(table.dropna(axis=1, how="all"), runs[x], references) for x, table in curves.groupby("task")
+    }
+    tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published", "elsewhere")}, {}
+    panels = {task: [name for name in PANELS if name in table] for task, table in tasks.items()}
+    groups, rng = {task: table["group"].unique() for task, table in tasks.items()}, np.random.default_rng(0)
+    many = {task: len({*names} - references) > MANY for task, names in groups.items()}
+    rows = max(map(len, groups.values())) * any(many.values())
+    picture, axes = make_figure(sum(map(len, panels.values())), rows)
+    for task, table in tasks.items():
+        ends[task] = group_rows(task, table, runs[task], baseline, tables, rng)
+        tables["pairs"] += seed_rows(ends[task]) if "pass@1" in table else []
+        draw_task(axes, panels[task], many[task], table, runs[task], looks, rng)
+        axes = axes[len(panels[task]) :]
+    files = {"curves.png": save(picture), "curves.csv": to_csv(curves, 6), "summary.csv": to_csv(summary, 8)}
+    if timed := {task: table for task, table in tasks.items() if "hours" in table}:
+        files["hours.png"] = draw_hours(timed, looks, rng)
     if args.aggregate:
         files["aggregate.png"] = aggregate(ends, baseline, tables, looks)
     if settings:

@@ -35,10 +35,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from filelock import lock_descriptor
 from pydantic import BaseModel, Field
-from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNERS = ("env_id", "seed", "output_dir", "resume")  # flags that the runner sets
@@ -71,6 +69,8 @@ class Args:
 class Variant(BaseModel, extra="forbid", strict=True, hide_input_in_errors=True):
     name: str | None = Field(None, pattern=r"^[\w.+=-]*\w[\w.+=-]*$")
     script: str = ""
+    tasks: list[str] = []  # of the suite's, only these; seeds alike
+    seeds: list[int] = []
     flags: dict[str, Any] = {}
     task_flags: dict[str, dict[str, Any]] = {}
 
@@ -92,7 +92,7 @@ class Run:
     flags: dict  # of its first command
     settings: dict  # all of the script's
     # running, stopped, complete, failed; elsewhere: another runner has it. No fields: replace() makes them new.
-    state, attempts, process, lock, job = "waiting", 0, None, None, None
+    state, attempts, process, lock, job, cores = "waiting", 0, None, None, None, ()
 
     def folders(self, holding=""):
         """The script's run folders that hold this file, the oldest first."""
@@ -112,16 +112,17 @@ class Run:
         return [sys.executable, str(self.script), *words(flags)]
 
     def check_settings(self, defaults):
-        """BadInput if the folder holds a run with other settings, which must be neither resumed nor taken for this."""
+        """BadInput if the folder holds a run with other settings, which must not be taken for this one."""
         for folder in self.folders("args.json"):
             try:
                 about = json.loads((folder / "args.json").read_bytes())
                 found = defaults | about["args"] | {"script": about["script"], "format": about.get("format")}
+                pairs = [(x, found[x], y) for x, y in self.settings.items() if x not in RUNNERS + HARMLESS]
+                wrong = [f"{name}={value}, not {wanted}" for name, value, wanted in pairs if value != wanted]
             except (ValueError, LookupError, TypeError, AttributeError):
-                raise BadInput(f"{folder} has a damaged args.json: move it or rename the sweep") from None
-            for name, wanted in self.settings.items():
-                if found[name] != wanted and name not in RUNNERS + HARMLESS:
-                    raise BadInput(f"{folder} has {name}={found[name]}, not {wanted}: move it or rename the sweep")
+                wrong = ["a damaged args.json"]
+            if wrong:
+                raise BadInput(f"{folder} has {wrong[0]}: move it or rename the sweep")
 
     def advance(self, stopping=False):
         """Starts, retries or closes the run if it is time to; returns a line to print, or None."""
@@ -153,7 +154,8 @@ class Run:
             shutil.rmtree(folder)  # killed before its first checkpoint: nothing to resume
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
         options = dict(stdin=subprocess.DEVNULL, env=os.environ | threads, pass_fds=[self.lock])
-        options |= dict(preexec_fn=tie_to_runner, start_new_session=True)  # Ctrl-C reaches the runner only
+        options |= dict(preexec_fn=lambda: prepare_process(self.cores))
+        options |= dict(start_new_session=True)  # Ctrl-C reaches the runner only
         with (self.folder / "log.txt").open("a") as log:
             print("$", shlex.join(self.command()), file=log, flush=True)
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, **options)
@@ -189,8 +191,10 @@ class Run:
         return submitit.helpers.DelayedSubmission(dataclasses.replace(self))
 
 
-def tie_to_runner():
+def prepare_process(cores):
     """In a new training process: Linux will end it as Ctrl-C does (with a checkpoint) when the runner dies."""
+    if cores:
+        os.sched_setaffinity(0, cores)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm warns all of a job's processes: submitit's is to act
@@ -219,7 +223,7 @@ def load_script(script, allowed):
     """The script as a module, which runs nothing; BadInput if it may not be imported."""
     path = (ROOT / script).resolve()
     own = path.parent == ROOT and re.fullmatch(r"(bpo|ppo|gbpo|grpo)_\w+\.py", path.name)
-    if not own and path not in [other.resolve() for other in allowed]:
+    if not own and path not in [ROOT / "benchmark" / "reference.py", *(other.resolve() for other in allowed)]:
         raise BadInput(f"{script or 'no script'} is none of the project's: --allow-script lets others run")
     sys.path.insert(0, str(path.parent))
     try:
@@ -235,9 +239,11 @@ def check_task(module, **settings):
 
 
 def plan(suite, args):
-    """The runs of a suite, all variants and tasks of a seed before the next seed; BadInput if something is wrong."""
+    """The runs of a suite, all variants and tasks of a seed before the next seed; or BadInput."""
     runs = {}
     for variant, task in itertools.product(suite.variants, suite.tasks):
+        if task not in (variant.tasks or [task]):
+            continue
         script = variant.script or suite.script
         label = variant.name or Path(script).stem
         try:
@@ -248,8 +254,8 @@ def plan(suite, args):
             parsed, default = read_flags(module.Args, flags), module.Args()
             if any(x in flags or getattr(parsed, x, 0) != getattr(default, x, 0) for x in RUNNERS):
                 raise BadInput(f"the runner itself sets {', '.join(RUNNERS)}")
-            check_task(module, env_id=task, **{x: y for x, y in vars(parsed).items() if x == "env_backend"})
-            for seed in suite.seeds:
+            check_task(module, env_id=task, **{x: y for x, y in vars(parsed).items() if x in ("env_backend", "algo")})
+            for seed in [x for x in suite.seeds if x in (variant.seeds or [x])]:
                 settings = dataclasses.replace(parsed, env_id=task, seed=seed)
                 name = f"{label}__{task.replace('/', '-')}__{seed}"
                 if name in runs:
@@ -266,7 +272,7 @@ def plan(suite, args):
 
 
 def read_suite(args):
-    """The sweep that the arguments ask for; BadInput if they do not describe one."""
+    """The sweep that the arguments ask for."""
     if args.suite and (args.flags or args.total_timesteps or (args.name, args.scripts) != (Args.name, Args.scripts)):
         raise BadInput("a suite file has its own name, scripts, total_timesteps and flags")
     try:
@@ -276,7 +282,8 @@ def read_suite(args):
         suite = Suite.model_validate(table)
     except (OSError, ValueError) as error:
         raise BadInput(f"{args.suite or 'command line'}: {error}") from None
-    for task in {*args.tasks}.union(*(part.task_flags for part in (suite, *suite.variants))) - {*suite.tasks}:
+    named = {*args.tasks}.union(*([*part.tasks, *part.task_flags] for part in (suite, *suite.variants)))
+    for task in named - {*suite.tasks}:
         raise BadInput(f"the suite has no task {task}: it has {', '.join(suite.tasks)}")
     suite.tasks = [task for task in suite.tasks if not args.tasks or task in args.tasks]
     suite.seeds = [seed for seed in suite.seeds if args.seeds is None or seed <= args.seeds]
@@ -291,20 +298,20 @@ def describe(args):
     for script, *flags in itertools.product(args.scripts, *([(x, y) for y in z.split(",")] for x, _, z in named)):
         label = "+".join([Path(script).stem, *map("=".join, flags)])
         variants.append({"name": label, "script": script, "flags": dict(flags)})
-    suite = dict(name=args.name, tasks=list(args.tasks), seeds=3 if args.seeds is None else args.seeds)
-    return suite | dict(total_timesteps=args.total_timesteps, variants=variants)
+    suite = dict(name=args.name, tasks=list(args.tasks), total_timesteps=args.total_timesteps, variants=variants)
+    return suite | dict(seeds=3 if args.seeds is None else args.seeds)
 
 
 def board(runs, ended_before, start_time):
-    """A line that sums up the sweep, and a table of the runs under way."""
+    """A line that sums up the sweep, and one of each run under way."""
     ended = sum(run.ended() for run in runs)
     each = (time.time() - start_time) / max(ended - ended_before, 1)
     left = timedelta(seconds=round(each * (len(runs) - ended))) if ended > ended_before else "?"
     states = sorted(Counter(run.state for run in runs).items(), reverse=True)
-    table = Table("run", "the last line of its log", box=None)
-    for run in (run for run in runs if run.state in ("running", "elsewhere")):
-        table.add_row(run.name, *map(escape, run.log()[-1:]))
-    return f"{len(runs)} runs: {', '.join(f'{n} {state}' for state, n in states)}; {left} left", table
+    active = [run for run in runs if run.state in ("running", "elsewhere")]
+    width = max((len(run.name) for run in active), default=0)
+    lines = [f"{run.name:{width}}  {''.join(run.log()[-1:])}" for run in active]
+    return f"{len(runs)} runs: {', '.join(f'{n} {state}' for state, n in states)}; {left} left", lines
 
 
 def submit(runs, suite, args):
@@ -330,6 +337,8 @@ def submit(runs, suite, args):
 def follow(runs, workers):
     """Moves the runs on until all have ended, or signals have stopped them; returns the signals."""
     signals, passed_on, next_time, start = [], 0, 0, (sum(run.ended() for run in runs), time.time())
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    shares = [cores[i::workers] for i in range(workers)] if workers <= len(cores) else []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
             signal.signal(number, lambda number, _: signals.append(number))
@@ -337,7 +346,10 @@ def follow(runs, workers):
     with live or contextlib.nullcontext():
         while left := [run for run in runs if not run.ended()]:
             for run in left:
-                may_start = not signals and sum(x.process is not None for x in left) < workers
+                taken = [x.cores for x in left if x.process]
+                may_start = not signals and len(taken) < workers
+                if may_start and not run.process:
+                    run.cores = next((share for share in shares if share not in taken), ())
                 if (run.job or run.process or may_start) and (line := run.advance(bool(signals))):
                     print(line, flush=True)
             running = [run for run in left if run.process]
@@ -350,8 +362,8 @@ def follow(runs, workers):
                     run.process.send_signal(signal.SIGKILL if passed_on else signal.SIGTERM)
             passed_on = len(signals)
             if time.time() > next_time:
-                next_time, (line, table) = time.time() + (1 if live else 30), board(runs, *start)
-                live.update(Group(line, table), refresh=True) if live else print(line, flush=True)
+                next_time, (line, lines) = time.time() + (1 if live else 30), board(runs, *start)
+                live.update(Text("\n".join([line, *lines])), refresh=True) if live else print(line, flush=True)
             time.sleep(0.2)
     print(board(runs, *start)[0])
     return signals
@@ -363,7 +375,7 @@ def main(args):
         raise BadInput("--workers must be at least 1, and --cluster-options needs --cluster")
     suite, fork = read_suite(args), multiprocessing.get_context("fork")
     # In a process of its own: the scripts' libraries leave threads behind, and Linux sends the signal that
-    # tie_to_runner asks for when each of the runner's threads dies, but the second SIGTERM ends a script unsaved.
+    # prepare_process asks for when each of the runner's threads dies, but the second SIGTERM ends a script unsaved.
     with ProcessPoolExecutor(1, fork, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         runs = pool.submit(plan, suite, args).result()
     for run in runs:

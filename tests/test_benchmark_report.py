@@ -242,9 +242,10 @@ def test_runs_of_uncommitted_code_are_marked(tmp_path):
 
 
 def test_published_figures_are_complete():
-    published = report.read_published()
+    published, elsewhere = report.read_published()
     assert len(published) == 8 * 2 * 5 and all(float(x) > 0 for x in published.values())
-    assert published["Ant-v4", "bpo", "end"] == "4871.4" and published["Swimmer-v4", "ppo", "1000000"] == "298"
+    assert published[("Ant-v4", "bpo"), "end"] == "4871.4" and published[("Swimmer-v4", "ppo"), "1000000"] == "298"
+    assert elsewhere.groupby("source").size().to_dict() == {"RL-Zoo": 18, "Tianshou": 18}
 
 
 def test_a_game_has_the_papers_figures_under_both_of_its_names(tmp_path):
@@ -397,6 +398,40 @@ def test_many_groups_have_a_row_each_and_no_band(groups, tmp_path, monkeypatch):
     assert len(axis.collections) == (groups if groups <= report.MANY else 0)
     assert (set(labels) == {f"v{k}" for k in range(groups)}) == (groups > report.MANY)
     assert axis.get_xlabel() and (axis.get_ylabel() or groups > report.MANY)
+
+
+def test_references_are_dashed_and_neither_shorten_ours_nor_are_cut(tmp_path, monkeypatch):
+    """Five groups, three of them ours: TRPO is as long as ours and SAC ends at half of it, after four hours."""
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure: drawn.append(figure) or b"")
+    for variant, script, end, value in (
+        ("bpo", "bpo_x", 1_000_000, 20),
+        ("ppo", "ppo_x", 1_000_000, 10),
+        ("spo", "ppo_x", 1_000_000, 10),
+        ("sac", "reference", 500_000, 40),
+        ("trpo", "reference", 1_000_000, 30),
+    ):
+        for seed in (1, 2) if variant != "sac" else (1,):
+            args = dict(env_id="Hopper-v4", seed=seed, total_timesteps=end)
+            args |= dict(algo=variant) if script == "reference" else dict(lr_schedule="linear")
+            folder = make_run(tmp_path / f"{variant}__Hopper-v4__{seed}" / "run", script, f"5,{value},5\n", **args)
+            rows = f"step,charts/SPS\n{end},{end / (14_400 if variant == 'sac' else 3600)}\n"
+            (folder / "metrics.csv").write_text(rows)
+    done = run_report(tmp_path, "--output", tmp_path / "out", interval=250_000)
+    assert (done.returncode, done.stderr) == (0, "")
+    table = cells(done.stdout.split("\n\n")[0])
+    assert [table["Hopper-v4", x][1] for x in ("bpo", "trpo", "sac")] == ["1000000", "1000000", "500000"]
+    assert [float(table["Hopper-v4", x][-2]) for x in ("bpo", "trpo", "sac")] == [1, 1, 4]  # hours
+    against = cells(done.stdout.split("\n\n")[1])
+    assert ("Hopper-v4", "trpo") in against and ("Hopper-v4", "sac") not in against
+    assert "| Hopper-v4 | bpo | 1000000 | 20.0 | 2726 | 3505.1 |" in done.stdout
+    assert "| Hopper-v3 | trpo | 1000000 | 3618 | RL-Zoo |" in done.stdout and "Ant-v3" not in done.stdout
+    steps, hours = ({x.get_label(): x for x in figure.axes[0].lines if x.get_label()[0] != "_"} for figure in drawn)
+    styles = {x: line.get_linestyle() for x, line in steps.items()}
+    assert styles == {"bpo": "-", "ppo": "-", "spo": "-", "sac": "--", "trpo": "--"}
+    assert {x: line.get_xdata()[-1] for x, line in hours.items()} == {"bpo": 1, "ppo": 1, "spo": 1, "sac": 4, "trpo": 1}
+    again = run_report(tmp_path / "out", "--output", tmp_path / "again")
+    assert again.stdout == done.stdout
 
 
 # --- legged robots

@@ -228,11 +228,16 @@ RUNS |= dict(
     released_mujoco=12,
     rebuilt_hopper=20,
     tune_mujoco=96,
+    reference_mujoco=26,
+    reference_atari=1,
 )
 
 
 @pytest.mark.parametrize("path", sorted(SUITES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_suite_is_valid(path, tmp_path, here):
+    needs = {"reference_mujoco": ["sb3_contrib"], "reference_atari": ["sb3_contrib", "ale_py", "cv2"]}
+    for name in needs.get(path.stem, []):
+        pytest.importorskip(name, reason=f"{name} is missing: benchmark/requirements.txt")
     status, output, errors = here(path, "--dry-run", "--output-dir", tmp_path / "runs")
     runs = RUNS[path.stem]
     assert (status, len(output.splitlines())) == (0, runs)
@@ -296,15 +301,20 @@ def test_dry_run_prints_the_commands_of_what_is_left(stub, tmp_path, here):
     [[variants]]
     name = "two"
     task_flags = { a = { total_timesteps = 50 } }
+    [[variants]]
+    name = "few"
+    tasks = ["X/b"]
+    seeds = [4]
     """
     suite = stub_suite(stub, raw, tasks=["a", "X/b"], seeds=[7, 4], total_timesteps=40, flags={"seconds": 0.1})
     out, options = tmp_path / "runs", [suite, "--dry-run", "--output-dir", tmp_path / "runs", *allow(suite)]
     status, output, errors = here(*options)
-    assert status == 0 and errors == ["8 runs, 0 complete, 0 to resume, 8 to start"] and not out.exists()
+    assert status == 0 and errors == ["9 runs, 0 complete, 0 to resume, 9 to start"] and not out.exists()
     lines = output.splitlines()
     folders = [line.split(f" --output-dir {out}/s/")[1] for line in lines]
     by_seed = [f"{variant}__{task}" for variant in ("one", "two") for task in ("a", "X-b")]
-    assert folders == [f"{name}__{seed}" for seed in (7, 4) for name in by_seed]  # all of a seed before the next
+    assert folders[:8] == [f"{name}__{seed}" for seed in (7, 4) for name in by_seed]  # all of a seed before the next
+    assert folders[8:] == ["few__X-b__4"]
     common, ours = f"{sys.executable} {stub} --env-id", "--no-compile --rate 0.3 --sizes 64 32 "
     assert lines[0].startswith(f"{common} a --seed 7 --total-timesteps 40 --seconds 0.1 {ours}")
     assert lines[1].startswith(f"{common} X/b --seed 7 --total-timesteps 40 --seconds 0.1 --rate 0.3 --no-compile ")
@@ -314,7 +324,7 @@ def test_dry_run_prints_the_commands_of_what_is_left(stub, tmp_path, here):
         re.search(r"--env-id (\S+) --seed (\d)", x).groups() for x in here(*options, "--tasks", "a")[1].splitlines()
     ]
     assert named == [("a", "7"), ("a", "7"), ("a", "4"), ("a", "4")]
-    assert len(here(*options, "--seeds", 5)[1].splitlines()) == 4
+    assert len(here(*options, "--seeds", 5)[1].splitlines()) == 5
     for part, message in ((["--tasks", "d"], "no task d: it has a, X/b"), (["--seeds", 0], "no seed up to 0")):
         status, _, errors = here(*options, *part)
         assert status == 2 and len(errors) == 1 and message in errors[0]
@@ -323,8 +333,8 @@ def test_dry_run_prints_the_commands_of_what_is_left(stub, tmp_path, here):
         folder.mkdir(parents=True)
         (folder / file).touch()
     _, output, errors = here(*options)
-    assert errors == ["8 runs, 1 complete, 1 to resume, 6 to start"]
-    assert len(output.splitlines()) == 7 and f"{sys.executable} {stub} --no-compile --resume {folder}\n" in output
+    assert errors == ["9 runs, 1 complete, 1 to resume, 7 to start"]
+    assert len(output.splitlines()) == 8 and f"{sys.executable} {stub} --no-compile --resume {folder}\n" in output
 
 
 def test_sweep_of_the_command_line(stub, tmp_path, here):
@@ -339,7 +349,8 @@ GOOD = dict(script="stub.py", tasks=["a"])
 BPO = dict(script="bpo_continuous_action.py", tasks=["Hopper-v4"])
 BAD_SUITES = {
     "unknown key": (GOOD | {"task": ["a"]}, "task Extra inputs are not permitted"),
-    "unknown key of a variant": (GOOD | {"variants": [{"name": "x", "seeds": 3}]}, "variants.0.seeds Extra"),
+    "unknown key of a variant": (GOOD | {"variants": [{"name": "x", "seed": 3}]}, "variants.0.seed Extra"),
+    "unknown task of a variant": (GOOD | {"variants": [{"name": "x", "tasks": ["b"]}]}, "no task b"),
     "unknown script": (GOOD | {"script": "bpo_nowhere.py"}, "cannot import bpo_nowhere.py"),
     "no training script": (GOOD | {"script": "benchmark/report.py"}, "none of the project's"),
     "foreign script": (GOOD | {"script": "/tmp/bpo_foreign.py"}, "none of the project's"),
