@@ -234,6 +234,7 @@ def test_an_unwritable_folder_costs_only_the_record(run, capsys):
     assert "return" in out and err.startswith("the result is not recorded: ") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_interrupt_ends_it_at_once(run):
     command = [sys.executable, enjoy.__file__, "examples/Hopper-v4__bpo_continuous_action", "--episodes", "10000"]
     folder = Path(enjoy.__file__).parent
@@ -270,6 +271,7 @@ def test_load_agent_acts_as_enjoy_and_training_do(script, run):
     assert np.ptp(act(np.zeros((500, 1)), stochastic=True)) > 1 and np.ptp(act(np.zeros((500, 1)))) == 0
 
 
+@pytest.mark.slow
 def test_the_example_plays_well_through_gymnasium():
     act = enjoy.load_agent(Path(enjoy.__file__).parent / "examples/Hopper-v4__bpo_continuous_action")
     env, total, over = gym.make("Hopper-v4"), 0.0, False
@@ -300,6 +302,7 @@ def test_films_are_readable_and_never_overwritten(run, capsys):
     assert capsys.readouterr().out.count("film of 9 steps, return ") == 2
 
 
+@pytest.mark.slow
 def test_the_camera_follows_the_robot(monkeypatch):
     monkeypatch.setattr(gym.logger, "min_level", gym.logger.ERROR)
     monkeypatch.setenv("MUJOCO_GL", "egl")

@@ -161,6 +161,7 @@ def test_held_out_accuracy_rises(script, warmed, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["dr_grpo", "dapo", "gspo", "sapo"])
+@pytest.mark.slow
 def test_every_objective_trains(objective, warmed, tmp_path):
     run_dir = train(grpo, tmp_path, objective=objective, model=warmed)
     rows = read(run_dir / "metrics.csv")
@@ -225,6 +226,7 @@ def test_args_json_carries_settings_and_versions(run):
     assert about["versions"]["transformers"] == transformers.__version__
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files(run, tmp_path):
     again = train(gbpo, tmp_path)
     for name in ("episodes.csv", "evaluations.csv", "completions.jsonl"):
@@ -232,6 +234,7 @@ def test_the_same_seed_gives_the_same_files(run, tmp_path):
     assert steady(read(again / "metrics.csv")) == steady(read(run / "metrics.csv"))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_files(warmed, warmed_run, tmp_path):
     other = train(gbpo, tmp_path, model=warmed, seed=2)
     assert (other / "episodes.csv").read_bytes() != (warmed_run / "episodes.csv").read_bytes()
@@ -263,8 +266,41 @@ def same_but_for_the_clock(run_dir, other):
     assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
 
 
+@pytest.fixture(scope="module")
+def untaught(tmp_path_factory):
+    """The folder of the built-in model, which has learned nothing."""
+    folder = tmp_path_factory.mktemp("untaught") / "model"
+    gbpo.save_model(*gbpo.make_model(gbpo.Args(), torch.device("cpu")), folder)
+    return str(folder)
+
+
+@SCRIPTS
+def test_a_resumed_run_equals_an_unbroken_one(script, untaught, tmp_path, monkeypatch):
+    (tmp_path / "spread.py").write_text("def f(completion_ids, **_):\n    return [x[0] for x in completion_ids]\n")
+    monkeypatch.chdir(tmp_path)
+    own = dict(model=untaught, reward_fn=("spread.py:f",), lr_schedule="linear", lr_warmup=0)
+    unbroken = train(script, tmp_path / "unbroken", **own, total_timesteps=128)
+    log, stopped = script.Run.log, []
+
+    def stop(run, *rest):
+        log(run, *rest)
+        run.stopping = not stopped
+        stopped.append(1)
+
+    monkeypatch.setattr(script.Run, "log", stop)
+    with pytest.raises(SystemExit, match="stopped at step 64"):
+        train(script, tmp_path / "broken", **own, total_timesteps=128)
+    (run_dir,) = (tmp_path / "broken").iterdir()
+    for name in script.LOGS:  # a row and a half past the checkpoint
+        with (run_dir / name).open("a") as file:
+            file.write((run_dir / name).read_text().splitlines()[-1] + "\n320,")
+    resume(script, run_dir, "--reward-fn", "spread.py:f")
+    same_but_for_the_clock(run_dir, unbroken)
+
+
 @SCRIPTS
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_undisturbed_one(script, number, warmed, warmed_run, tmp_path):
     """Also with another generation batch and with activations recomputed: they change memory and speed only."""
     words = options(**SHORT, model=warmed, output_dir=tmp_path, checkpoint_seconds=0)
@@ -291,6 +327,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(script, number, warmed, warmed_
     assert settings["generation_batch_size"] == 8 and settings["checkpoint_seconds"] == 99
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_resumed_without_another_evaluation(run, tmp_path):
     """The case of a run that was killed while it wrote its model."""
     shutil.copytree(run, copy := tmp_path / "copy")
@@ -300,6 +337,7 @@ def test_a_finished_run_is_resumed_without_another_evaluation(run, tmp_path):
     assert (copy / "model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_reference_of_the_built_in_model(run, tmp_path):
     """It is not saved, but taught anew: the KL term must be that of a run in one go."""
     run_dir = train(gbpo, tmp_path, total_timesteps=128)
@@ -324,22 +362,26 @@ def test_a_complete_run_goes_on_if_asked_for_more(script, warmed, tmp_path, monk
 
 
 @SCRIPTS
-def test_two_processes_never_own_one_run(script, warmed, tmp_path, monkeypatch, capsys):
+def test_two_processes_never_own_one_run(script, untaught, tmp_path, monkeypatch, capsys):
     make_minibatches, refused = script.make_minibatches, []
 
     def intrude(*args):
         (run_dir,) = (x.parent for x in tmp_path.glob("*/checkpoint.pt"))
         before = contents(run_dir)
+        monkeypatch.setattr(script, "make_minibatches", make_minibatches)  # if it is not refused, it ends some time
         with pytest.raises(Timeout):
-            resume(script, run_dir, "--total-timesteps", 9999)
+            resume(script, run_dir, "--total-timesteps", 192)
+        monkeypatch.setattr(script, "make_minibatches", intrude)
         refused.append(command_line(script, ["--resume", run_dir], monkeypatch, capsys))
         assert contents(run_dir) == before
         return make_minibatches(*args)
 
     monkeypatch.setattr(script, "make_minibatches", intrude)
-    train(script, tmp_path, model=warmed, total_timesteps=64)
-    ((code, (line,)),) = refused
-    assert code == 2 and line.startswith("error: ") and "lock" in line
+    run_dir = train(script, tmp_path, model=untaught, total_timesteps=64)
+    resume(script, run_dir, "--total-timesteps", 128)
+    assert len(refused) == 2
+    for code, (line,) in refused:
+        assert code == 2 and line.startswith("error: ") and "lock" in line
 
 
 @SCRIPTS
@@ -385,6 +427,7 @@ def test_a_data_file_that_has_changed_is_noticed(script, run, problems, tmp_path
     resume(script, run_dir, "--total-timesteps", 16)
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_refused_and_stays_as_it_is(run, tmp_path):
     middle = bytearray((run / "checkpoint.pt").read_bytes())
     middle[len(middle) // 2] ^= 1
@@ -409,6 +452,7 @@ def test_a_damaged_run_is_refused_and_stays_as_it_is(run, tmp_path):
 @pytest.mark.parametrize(
     "function, flag", [("token_log_probs", "micro-batch-tokens=8192"), ("generate", "generation-batch-size=512")]
 )
+@pytest.mark.slow
 def test_out_of_memory_is_one_line_with_the_flag_to_lower(function, flag, warmed, tmp_path, monkeypatch):
     real, calls, good = getattr(gbpo, function), [], {"token_log_probs": 9, "generate": 3}[function]
 
@@ -439,6 +483,7 @@ def test_weights_that_break_are_not_saved(script, warmed, tmp_path):
 
 
 @pytest.mark.parametrize("room", [2000, 30_000, 500_000])
+@pytest.mark.slow
 def test_full_disk_ends_with_one_line(room, warmed, tmp_path):
     """Files may grow to some bytes, as on a disk with that much left."""
 
@@ -454,6 +499,7 @@ def test_full_disk_ends_with_one_line(room, warmed, tmp_path):
 
 
 @pytest.mark.parametrize("saver", [transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase])
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_the_model_is_saved_ends_with_one_line(saver, warmed, tmp_path):
     """safetensors and tokenizers have errors of their own; the checkpoint is there by then."""
 
@@ -638,6 +684,7 @@ def test_completions_that_were_all_cut_off_teach_nothing_and_stop_nothing(script
 
 
 @SCRIPTS
+@pytest.mark.slow
 def test_dropout_is_off_while_gradient_checkpointing_recomputes(script, run, tmp_path):
     """OPT's layers drop out by their own training flag, with 0.1 as the default."""
     sizes = dict(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32)
