@@ -3,9 +3,10 @@
     python tests/faults.py                    all faults in all scripts
     python tests/faults.py 5 ppo_locomotion   the fault whose name begins with 5, in this script
 
-Each fault goes into a temporary copy, in which the tests that concern the script run until one fails. test_siblings.py,
-which compares texts, takes no part: it would find nearly every fault that is in one script only. Exit status 1 if a
-fault is not found, or if a script has no longer the text that it replaces.
+Each fault goes into a temporary copy: no script knows another, so it is put into all that have the line at once, and
+the tests that bear a script's name run until one fails. test_siblings.py, which compares texts, takes no part: it would
+find nearly every fault that is in one script only. Exit status 1 if a fault is not found, or if a script has no longer
+the text that it replaces.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import importlib
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -173,67 +173,84 @@ FAULTS = {
 
 
 class First:
-    """Notes the first test that fails."""
+    """Notes, for every script, the first test under its name that fails; tests of what is found are left out."""
 
-    found = None
+    def __init__(self, scripts):
+        self.found = dict.fromkeys(scripts)
+
+    def scripts_of(self, test):
+        own = test.partition("[")[2]
+        return [x for x in self.found if (x[:4] if x in LLM else x) in own or x in TABULAR]
+
+    def pytest_collection_modifyitems(self, items):
+        """All tests that name no script, or two, say nothing of one."""
+        items[:] = [x for x in items if len(self.scripts_of(x.nodeid)) == 1]
+
+    def pytest_runtest_setup(self, item):
+        if self.found[self.scripts_of(item.nodeid)[0]]:
+            pytest.skip("found")
 
     def pytest_runtest_logreport(self, report):
-        if report.failed and not self.found:
-            self.found = report.nodeid.removeprefix("tests/")
-
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self.found = "NOT FOUND: the tests cannot be imported"
+        if report.failed and not self.found[(script := self.scripts_of(report.nodeid)[0])]:
+            self.found[script] = report.nodeid.removeprefix("tests/")
 
 
 def find(case):
-    """The test that finds a fault, or why none does. It runs in a process of its own, which ends with it."""
-    name, script, *texts = case
+    """For each script, the test that finds its fault or why none does. It runs in a process that ends with it."""
+    name, scripts, *texts = case
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "results"))
-        path, first = copy / f"{script}.py", First()
-        for old, new in zip(texts[::2], texts[1::2]):
-            if path.read_text().count(old) == 0:
-                return name, script, f"NOT FOUND: {script}.py has no longer {old}"
-            path.write_text(path.read_text().replace(old, new))
+        first = First(scripts)
+        for script in scripts:
+            text = (copy / f"{script}.py").read_text()
+            for old, new in zip(texts[::2], texts[1::2]):
+                if old not in text:
+                    first.found[script] = f"NOT FOUND: the script has no longer {old}"
+                text = text.replace(old, new)
+            (copy / f"{script}.py").write_text(text)
         os.chdir(copy)
         sys.path[0] = str(copy / "tests")  # where this file's own folder was
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
-        options = "-x -q -p no:cacheprovider -p no:xdist -W ignore".split()
-        hint = (FIRST_LLM if script in LLM else FIRST).get(name.split()[0]) if script not in TABULAR else None
-        file, words = hint.split(" ", 1) if hint else (None, None)
-        own = script if script in CONTROL else script[:4] if script in LLM else "not table"
-        runs = [([file], f"{own} and ({words})")] if hint else []
-        runs += [(TESTS[script].split(), own if script not in LLM else "not x or x")]
+        files, hint = TESTS[scripts[0]].split(), (FIRST_LLM if scripts[0] in LLM else FIRST).get(name.split()[0])
+        runs = [] if hint is None or scripts[0] in TABULAR else [hint.split(" ", 1)]
+        runs += [(file, "not table") for file in files]
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-            for files, chosen in runs:
-                if not first.found:
-                    pytest.main([*options, *(f"tests/test_{x}.py" for x in files), "-k", chosen], plugins=[first])
+            for file, words in runs:
+                if not all(first.found.values()):
+                    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-k", words]
+                    pytest.main([*options, f"tests/test_{file}.py"], plugins=[first])
         os.chdir(ROOT)
-        return name, script, first.found or "NOT FOUND"
+        return name, {script: test or "NOT FOUND" for script, test in first.found.items()}
 
 
 def main(words):
-    numbers, scripts = [x for x in words if x[0].isdigit()], [x for x in words if not x[0].isdigit()]
+    numbers, chosen = [x for x in words if x[0].isdigit()], [x for x in words if not x[0].isdigit()]
     cases = [
-        (name, script, *texts)
+        (name, [x for x in scripts if not chosen or x in chosen], *texts)
         for name, places in FAULTS.items()
-        for names, *texts in places
-        for script in names
-        if (not numbers or name.split()[0] in numbers) and (not scripts or script in scripts)
+        for scripts, *texts in places
+        if not numbers or name.split()[0] in numbers
     ]
     torch.set_num_threads(1)
     for module in HEAVY.split():
         importlib.import_module(module)
-    missed = 0
+    count = missed = 0
     print("| fault | script | found by |\n|-|-|-|")
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        for name, script, found in pool.imap(find, cases, chunksize=1):
-            missed += found.startswith("NOT FOUND")
-            print(f"| {name} | {script} | {found} |", flush=True)
-    print(f"{len(cases)} faults, {missed} not found")
+        for name, found in pool.imap(find, split(cases), chunksize=1):
+            for script, test in found.items():
+                count, missed = count + 1, missed + test.startswith("NOT FOUND")
+                print(f"| {name} | {script} | {test} |", flush=True)
+    print(f"{count} faults, {missed} not found")
     sys.exit(missed > 0)
+
+
+def split(cases):
+    """A case for each kind of script: each kind has its own tests."""
+    for name, scripts, *texts in cases:
+        for kind in (CONTROL, LLM, TABULAR):
+            if own := [x for x in scripts if x in kind]:
+                yield name, own, *texts
 
 
 if __name__ == "__main__":
