@@ -599,8 +599,8 @@ def test_any_column_of_a_dataset_may_come_along(run, tmp_path):
 
 
 @SCRIPTS
-def test_completions_that_were_all_cut_off_teach_nothing_and_stop_nothing(script, untaught, tmp_path):
-    settings = untaught | dict(max_completion_length=1, mask_truncated=True, total_timesteps=64)
+def test_completions_that_were_all_cut_off_teach_nothing_and_stop_nothing(script, run, tmp_path):
+    settings = dict(model=str(run / "model"), max_completion_length=1, mask_truncated=True, total_timesteps=64)
     rows = read(train(script, tmp_path, **settings) / "metrics.csv")
     assert rows[0]["completions/clipped_ratio"] == 1 and rows[0]["loss"] == rows[0]["grad_norm"] == 0
     assert rows[0]["ratio/max"] == rows[0]["ratio/min"] == 1 and rows[0]["ratio/out_of_bounds"] == 0
