@@ -32,7 +32,7 @@ BPO, PPO = CONTROL[::2], CONTROL[1::2]
 STOPS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}
 # Settings of runs whose iterations take some ten milliseconds.
 TINY = dict.fromkeys(CONTINUOUS, dict(env_backend="gymnasium", compile=False, hidden_size=16, minibatch_size=32))
-TINY |= dict.fromkeys(ATARI, dict(device="cpu", num_envs=2, minibatch_size=16))
+TINY |= dict.fromkeys(ATARI, dict(device="cpu", num_envs=2, minibatch_size=16, checkpoint_seconds=30))
 TINY |= dict.fromkeys(ROBOTS, dict(device="cpu", num_envs=4, hidden_sizes=(16,)))
 TINY = {script: dict(num_steps=16, update_epochs=1, checkpoint_seconds=0) | x for script, x in TINY.items()}
 

@@ -44,6 +44,7 @@ FIRST_LLM |= {"21": "llm_runs own_one", "22": "llm_runs break_are", "26": "llm p
 FIRST_LLM |= {"28": "golden_values steps", "29": "llm micro_batches"}
 # Imported once, before the processes that run tests are forked. Scripts are not.
 HEAVY = "envpool gymnasium hypothesis matplotlib.pyplot scipy.optimize torch.distributed.fsdp torch.utils.tensorboard "
+HEAVY += "transformers.models.qwen2.modeling_qwen2 transformers.models.auto.modeling_auto "
 HEAVY += "tensorboard.backend.event_processing.event_accumulator transformers tyro wandb datasets"
 
 CLIP = "(x * (args.max_grad_norm / (x.norm() + 1e-6)).clamp(max=1.0)).flatten() for x in gradients"

@@ -353,7 +353,7 @@ def test_torchrun_is_refused_in_one_line(script, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@each(*CONTROL)
+@each(*CONTINUOUS, *ROBOTS)
 def test_tracking_without_an_account_is_one_line(script, tmp_path, monkeypatch):
     probe_envs.play(script, monkeypatch, probe_envs.one_step)
     monkeypatch.delenv("WANDB_MODE", raising=False)

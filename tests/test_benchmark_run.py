@@ -232,6 +232,7 @@ RUNS |= dict(
 
 
 @pytest.mark.parametrize("path", sorted(SUITES.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_every_suite_is_valid(path, tmp_path, here):
     status, output, errors = here(path, "--dry-run", "--output-dir", tmp_path / "runs")
     runs = RUNS[path.stem]

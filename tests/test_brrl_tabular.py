@@ -83,7 +83,10 @@ def default():
     return brrl_tabular.compute(Args())
 
 
-@pytest.fixture(params=BATCHES, ids=lambda args: f"{args.num_mdps}x{args.num_states}")
+SLOW = [BATCHES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in BATCHES[1:])]
+
+
+@pytest.fixture(params=SLOW, ids=[f"{x.num_mdps}x{x.num_states}" for x in BATCHES])
 def table(request, default):
     return default[0] if request.param == Args() else brrl_tabular.compute(request.param)[0]
 

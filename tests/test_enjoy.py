@@ -411,6 +411,7 @@ def test_a_run_never_names_what_is_imported(run, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", (bpo_atari, ppo_atari))
+@pytest.mark.slow
 def test_a_game_goes_on_after_a_lost_life_and_counts_its_own_reward(script, tmp_path):
     args = script.Args(env_id="Breakout-v5", num_steps=8, total_timesteps=64, device="cpu", minibatch_size=64)
     run = enjoy.check(script.train(dataclasses.replace(args, output_dir=str(tmp_path))), enjoy.Options(("",)))
@@ -427,6 +428,7 @@ def test_a_game_goes_on_after_a_lost_life_and_counts_its_own_reward(script, tmp_
     assert returns == pytest.approx(scores) and cut == 0 and (lives == 5).all() and scores.max() > 0
 
 
+@pytest.mark.slow
 def test_a_game_is_filmed_in_colour_as_the_simulator_shows_it(tmp_path):
     args = dict(env_id="Pong-v5", num_steps=8, total_timesteps=64, device="cpu", minibatch_size=64)
     folder = Path(bpo_atari.train(bpo_atari.Args(**args, output_dir=str(tmp_path))))

@@ -50,20 +50,21 @@ def literal_median(group):
     return ordered[half] if len(group) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
+@SCRIPTS
 @quick
 @given(rewards_strategy, st.sampled_from(["unbiased", "biased", "none"]))
-def test_group_advantages_are_deviations_from_mean_and_median(rewards, scale):
-    """Even and odd groups, ties and equal rewards are all among the examples."""
-    tensor = torch.tensor(rewards, dtype=torch.float64)
-    advantages, median_advantages = gbpo.group_advantages(tensor, 0.5, scale)
-    assert torch.equal(grpo.group_advantages(tensor, scale), advantages)
-    for group, a, m in zip(rewards, advantages.tolist(), median_advantages.tolist()):
+def test_group_advantages_are_deviations_from_mean_and_median(script, rewards, scale):
+    """Even and odd groups, ties and equal rewards are all among the examples. GRPO has no median."""
+    both = script.group_advantages(torch.tensor(rewards, dtype=torch.float64), scale=scale)
+    advantages, median_advantages = (x.tolist() for x in (both if script is gbpo else (both, both)))
+    for group, a, m in zip(rewards, advantages, median_advantages):
         deviation = literal_deviation(group, scale)
         if max(group) == min(group):
             assert a == m == [0.0] * len(group)
         else:
             assert a == pytest.approx([(x - sum(group) / len(group)) / deviation for x in group], abs=1e-9)
-            assert m == pytest.approx([(x - literal_median(group)) / deviation for x in group], abs=1e-9)
+            centre = literal_median(group) if script is gbpo else sum(group) / len(group)
+            assert m == pytest.approx([(x - centre) / deviation for x in group], abs=1e-9)
         assert sum(a) == pytest.approx(0, abs=1e-6)
 
 

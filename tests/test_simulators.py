@@ -93,6 +93,7 @@ def test_clip_coef_near_zero_keeps_the_policy(tmp_path):
 
 
 @each(*ATARI)
+@pytest.mark.slow
 def test_another_name_of_a_game_is_the_same_game(script):
     seen = []
     for env_id in ("Breakout-v5", "BreakoutNoFrameskip-v4"):

@@ -290,7 +290,7 @@ def test_logs_of_steps_are_kept_and_those_of_episodes_are_nan_where_none_ends(sc
     assert column(rows, "Metrics/slip").tolist() == [5.5, 17.5, 29.5, 41.5, 53.5] and "Metrics/new" not in rows[0]
 
 
-@each(*CONTROL)
+@each(*CONTINUOUS)
 def test_runs_started_in_one_second_get_their_own_folders(script, tmp_path, monkeypatch):
     play(script, monkeypatch, one_step)
     moments = itertools.count()
@@ -316,7 +316,7 @@ def test_names_stay_legal_and_a_run_can_be_resumed_from_inside(script, tmp_path,
     assert began[0]["sync_tensorboard"] and began[0]["config"]["seed"] == 5 and "wandb" not in os.listdir()
 
 
-@each(*CONTROL)
+@each(*CONTINUOUS, *ROBOTS)
 def test_progress_line_shows_small_returns(script, tmp_path, monkeypatch, capsys):
     play(script, monkeypatch, lambda e, k, action: (0.0, 0.01, "terminated"))
     monkeypatch.setattr(os, "isatty", lambda descriptor: True)
@@ -370,7 +370,7 @@ def test_resuming_restores_every_tensor(script, tmp_path, monkeypatch):
     assert all(p.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for p in parameters)
 
 
-@each(*CONTROL)
+@each(*CONTINUOUS, *ROBOTS)
 def test_a_complete_run_goes_on_if_asked_for_more_steps(script, tmp_path, monkeypatch):
     play(script, monkeypatch, one_step)
     run_dir = train(script, tmp_path, total_timesteps=32)
@@ -459,7 +459,7 @@ def test_loss_that_breaks_is_named_and_the_checkpoint_kept(script, tmp_path, mon
 
     monkeypatch.setattr(script, "policy_loss", broken)
     with pytest.raises(script.BrokenRun, match=r"losses/policy_loss is nan at step \d+$"):
-        train(script, tmp_path, total_timesteps=9000)
+        train(script, tmp_path, total_timesteps=9000, checkpoint_seconds=0)
     check_last_checkpoint(script, tmp_path, True)
 
 
