@@ -1,9 +1,120 @@
-"""Tiny Gymnasium tasks whose right answers are known. Importing this module registers them."""
+"""Scripted simulators for every script, and tiny Gymnasium tasks, which importing this module registers."""
 
 import time
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
+import torch
+from common import ATARI, ROBOTS
+
+# --- simulators of whatever a test needs
+
+LENGTHS = (1, 4, 2, 7)
+
+
+def one_step(e, k, action):
+    """The best action is 0.5; of Atari's three, the third is worse."""
+    return 7.0, 0.5 - (action - 0.5) ** 2, "terminated"
+
+
+def marked(e, k, action):
+    """Shows its step, pays 3, 4, 5, ...; lengths go 1, 4, 2, 7, 1, ...; it ends, is cut by a time limit, or both."""
+    last = k + 1 == LENGTHS[e % 4]
+    return k + 1.0, 3.0 + k, ("truncated", "terminated", "terminated, truncated")[e % 3] if last else ""
+
+
+class Scripted:
+    """N environments. episode(e, k, action) gives step k (from 0) of an environment's e-th episode: the observation
+    before it, its reward, and how it ends: "terminated", "truncated", both, a lost "life" (Atari) or "".
+
+    After an end the true last observation is `last`, and the next step, a dummy, resets and pays a million, which
+    counts nowhere; or, with next_step=False, the next episode begins at once.
+    """
+
+    def __init__(self, num_envs, episode, next_step, last):
+        self.episode, self.next_step, self.last = episode, next_step, last
+        self.at, self.over = [[0, 0] for _ in range(num_envs)], [False] * num_envs
+
+    def observe(self):
+        return [self.last if over else self.episode(*at, 0)[0] for over, at in zip(self.over, self.at)]
+
+    def step(self, actions):
+        """Observations, rewards, and the ways in which episodes ended."""
+        rewards, ends = [0.0] * len(self.at), [""] * len(self.at)
+        for n, (e, k) in enumerate(self.at):
+            if self.over[n]:
+                self.over[n], rewards[n] = False, 1e6
+                continue
+            _, rewards[n], ends[n] = self.episode(e, k, actions[n])
+            self.at[n] = [e + 1, 0] if ends[n] else [e, k + 1]
+            self.over[n] = bool(ends[n]) and self.next_step
+        return self.observe(), rewards, ends
+
+
+def flags(ends, *names):
+    return np.array([any(name in end for name in names) for end in ends])
+
+
+def flat(envs):
+    """As EnvPool and Gymnasium have tasks with flat observations."""
+
+    def step(actions):
+        obs, rewards, ends = envs.step(actions[:, 0])
+        return np.float32(obs)[:, None], np.array(rewards), flags(ends, "terminated"), flags(ends, "truncated"), {}
+
+    reset = lambda: (np.float32(envs.observe())[:, None], {})  # noqa: E731
+    return SimpleNamespace(reset=reset, step=step, close=lambda: None)
+
+
+def pictures(envs):
+    """As EnvPool has Atari games: the observation is the brightness of the picture, or the picture."""
+
+    def show(obs):
+        return np.stack([np.broadcast_to(np.uint8(x), (4, 84, 84)) for x in obs])
+
+    def step(actions):
+        obs, rewards, ends = envs.step(actions)
+        over = dict(reward=np.float32(rewards), terminated=flags(ends, "terminated").astype(np.int32))
+        return show(obs), np.sign(over["reward"]), flags(ends, "terminated", "life"), flags(ends, "truncated"), over
+
+    return SimpleNamespace(reset=lambda: (show(envs.observe()), {}), step=step, close=lambda: None)
+
+
+def robots(envs):
+    """As make_envs of the scripts for robots describes it; critics see half a unit more."""
+
+    def show(obs, rewards):
+        obs = torch.tensor(obs)[:, None]
+        return obs, {"privileged": obs + 0.5, "logs": {"rewards/pay": torch.tensor(rewards).mean()}}
+
+    def step(actions):
+        obs, rewards, ends = envs.step(actions[:, 0].tolist())
+        obs, info = show(obs, rewards)
+        ends = [torch.from_numpy(flags(ends, name)) for name in ("terminated", "truncated")]
+        return obs, torch.tensor(rewards), *ends, info
+
+    calls = dict(reset=lambda **_: show(envs.observe(), [0.0]), step=step, close=lambda: None)
+    return SimpleNamespace(**calls, next_step=envs.next_step, privileged_size=1)
+
+
+def play(script, monkeypatch, episode, next_step=True):
+    """Lets the script train on such episodes. The list that this returns receives the key of every simulator made."""
+    keys, space = [], gym.spaces.Box(-np.inf, np.inf, (1,))
+    adapter = pictures if script in ATARI else robots if script in ROBOTS else flat
+    spaces = (
+        (gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(3)) if script in ATARI else (space,) * 2
+    )
+
+    def make_envs(args, num_envs, key, render=False):
+        keys.append(key)
+        return adapter(Scripted(num_envs, episode, next_step, 255.0 if script in ATARI else 1000.0)), *spaces
+
+    monkeypatch.setattr(script, "make_envs", make_envs)
+    return keys
+
+
+# --- Gymnasium tasks
 
 
 class Probe(gym.Env):
@@ -70,46 +181,6 @@ class Endless(Probe):
 
     def end(self):
         return False, self.steps == 5
-
-
-class Marked(Probe):
-    """Shows 1000 with the end of every episode and pays 3, 4, 5, ... The lengths of its episodes go 1, 4, 2, 7, 1, ...
-
-    The final observation enters a rollout only with the dummy row that follows it, so a 1000 among the samples, or
-    a statistic that is not that of the real rewards and observations, gives away a dummy row.
-    """
-
-    lengths = (1, 4, 2, 7)
-    episode = -1
-
-    def reset(self, *, seed=None, options=None):
-        if seed is None:  # make_envs resets with a seed first: that episode is never played
-            self.episode += 1
-        return super().reset(seed=seed)
-
-    def length(self):
-        return self.lengths[self.episode % 4]
-
-    def observe(self):
-        return np.full(1, 1000 if self.steps == self.length() else self.steps + 1, np.float32)
-
-    def reward(self, action):
-        return 2.0 + self.steps
-
-    def end(self):
-        over = self.steps == self.length()
-        return over and self.episode % 2 == 0, over and self.episode % 2 == 1
-
-
-class PayingResets(gym.vector.VectorWrapper):
-    """Pays a million for the step that only resets the simulator."""
-
-    done = False
-
-    def step(self, actions):
-        obs, rewards, terminated, truncated, infos = super().step(actions)
-        rewards, self.done = rewards + 1e6 * self.done, terminated | truncated
-        return obs, rewards, terminated, truncated, infos
 
 
 class Breaking(Endless):
@@ -186,7 +257,6 @@ TASKS = [
     Target,
     Inner,
     Endless,
-    Marked,
     NanReward,
     HugeReward,
     NanObservation,

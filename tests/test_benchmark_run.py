@@ -234,6 +234,7 @@ RUNS |= dict(
 
 
 @pytest.mark.parametrize("path", sorted(SUITES.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_every_suite_is_valid(path, tmp_path, here):
     needs = {"reference_mujoco": ["sb3_contrib"], "reference_atari": ["sb3_contrib", "ale_py", "cv2"]}
     for name in needs.get(path.stem, []):
@@ -427,6 +428,7 @@ def test_a_suite_imports_only_what_it_may(tmp_path, here):
     assert here(suite, "--dry-run", "--allow-script", foreign)[0] == 0 and (tmp_path / "imported").exists()
 
 
+@pytest.mark.slow
 def test_run_with_other_settings_is_neither_skipped_nor_resumed(stub, tmp_path, here):
     out, keys = tmp_path / "runs" / "s", {"total_timesteps": 10}
     suite = stub_suite(stub, **keys)
@@ -455,6 +457,7 @@ def test_run_with_other_settings_is_neither_skipped_nor_resumed(stub, tmp_path, 
 
 
 @NEEDS_PROC
+@pytest.mark.slow
 def test_runs_are_saved_when_the_terminal_is_closed(stub, tmp_path):
     """A runner that died of its own output would leave its runs to a second signal, which ends them unsaved."""
     out = tmp_path / "runs" / "s"
@@ -474,6 +477,7 @@ def test_runs_are_saved_when_the_terminal_is_closed(stub, tmp_path):
     assert list(out.glob("*/*/checkpoint.pt"))
 
 
+@pytest.mark.slow
 def test_complete_runs_are_skipped(stub, tmp_path):
     out = tmp_path / "runs" / "s"
     suite = stub_suite(stub, seeds=3)
@@ -487,6 +491,7 @@ def test_complete_runs_are_skipped(stub, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_stopping_saves_and_the_same_command_goes_on(number, stub, tmp_path):
     out = tmp_path / "runs" / "s"
     suite = stub_suite(stub, seeds=2, total_timesteps=800)
@@ -504,6 +509,7 @@ def test_stopping_saves_and_the_same_command_goes_on(number, stub, tmp_path):
     assert all([int(row[0]) for row in rows[1:]] == list(range(10, 801, 10)) for rows in after.values())
 
 
+@pytest.mark.slow
 def test_second_signal_kills(stub, tmp_path):
     out = tmp_path / "runs" / "s"
     runner = start(stub_suite(stub, total_timesteps=10_000, flags={"obstinate": True}), out)  # ignores the first one
@@ -515,6 +521,7 @@ def test_second_signal_kills(stub, tmp_path):
     assert finish(runner)[0] == 1 and not list(out.glob("*/*/agent.pt"))
 
 
+@pytest.mark.slow
 def test_crash_is_retried_once_then_reported_and_the_others_go_on(stub, tmp_path):
     raw = "\n".join(f'[[variants]]\nname = "{x}"\nflags = {{ crash = "{x}" }}' for x in ("always", "never", "once"))
     out = tmp_path / "runs" / "s"
@@ -532,6 +539,7 @@ def test_crash_is_retried_once_then_reported_and_the_others_go_on(stub, tmp_path
     assert "6 runs: 2 failed, 4 complete" in output
 
 
+@pytest.mark.slow
 def test_run_killed_before_its_first_checkpoint_starts_afresh(stub, tmp_path):
     out = tmp_path / "runs" / "s"
     left = out / "stub__a__1" / "a__stub__1__1"
@@ -542,6 +550,7 @@ def test_run_killed_before_its_first_checkpoint_starts_afresh(stub, tmp_path):
 
 
 @NEEDS_PROC
+@pytest.mark.slow
 def test_sweep_with_five_kills_equals_an_undisturbed_one(stub, tmp_path):
     """Twelve runs; kill -9 of the runner three times and of a worker twice, after fixed numbers of rows."""
     suite = stub_suite(stub, tasks=["a", "b"], seeds=6, total_timesteps=200, flags={"seconds": 0.02})
@@ -565,6 +574,7 @@ def test_sweep_with_five_kills_equals_an_undisturbed_one(stub, tmp_path):
 
 
 @NEEDS_PROC
+@pytest.mark.slow
 def test_worker_that_outlives_its_runner_keeps_its_run(stub, tmp_path):
     """As on a system that does not end the children of a killed process: these ignore SIGTERM."""
     out = tmp_path / "runs" / "s"
@@ -579,6 +589,7 @@ def test_worker_that_outlives_its_runner_keeps_its_run(stub, tmp_path):
     assert not list(out.glob("*/not_alone"))
 
 
+@pytest.mark.slow
 def test_two_runners_at_once_share_the_runs(stub, tmp_path):
     suite, out = stub_suite(stub, seeds=6), tmp_path / "runs" / "s"
     runners = [start(suite, out, "--workers", 2) for _ in range(2)]
@@ -587,6 +598,7 @@ def test_two_runners_at_once_share_the_runs(stub, tmp_path):
     assert not list(out.glob("*/not_alone"))
 
 
+@pytest.mark.slow
 def test_live_table_on_a_terminal(stub, tmp_path):
     suite = stub_suite(stub, seeds=2, total_timesteps=400)
     ours, theirs = pty.openpty()
@@ -676,6 +688,7 @@ def test_killed_training_equals_an_undisturbed_one_up_to_the_restart(tmp_path):
 
 
 @NEEDS_PROC
+@pytest.mark.slow
 def test_submitit_runs_the_suite(stub, tmp_path):
     """Through its local executor: one run fails; one is told that its time is up, and completes in another turn, in
     which its crash is the first."""

@@ -86,12 +86,15 @@ def default():
     return brrl_tabular.compute(Args())
 
 
-@pytest.fixture(params=BATCHES, ids=lambda args: f"{args.num_mdps}x{args.num_states}")
+SLOW = [BATCHES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in BATCHES[1:])]
+
+
+@pytest.fixture(params=SLOW, ids=[f"{x.num_mdps}x{x.num_states}" for x in BATCHES])
 def table(request, default):
     return default[0] if request.param == Args() else brrl_tabular.compute(request.param)[0]
 
 
-def test_every_claim_has_its_verdict_on_all_mdps(table):
+def test_every_claim_of_the_table_has_its_verdict_on_all_mdps(table):
     failing = {(row.source, row.claim) for row in table if row.verdict == "FAILS"}
     assert failing == FALSE, [row for row in table if (row.source, row.claim) in failing ^ FALSE]
     for row in table:
@@ -495,6 +498,7 @@ def test_sign_balance_is_the_least_over_mu(seed, num_actions):
 # The program
 
 
+@pytest.mark.slow
 def test_the_script_runs(tmp_path):
     options = ["--num-mdps", "25", "--num-states", "4", "--num-actions", "3", "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(SCRIPT + options, capture_output=True, text=True, cwd=tmp_path, env=ENV)
@@ -509,6 +513,7 @@ def test_the_script_runs(tmp_path):
     assert fails >= 10 and f" {fails} fail" in done.stdout
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_status_2(tmp_path):
     (tmp_path / "file").write_text("")
     bad = [

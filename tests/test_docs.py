@@ -5,11 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import bpo_atari_envpool
-import bpo_continuous_action
-import ppo_atari_envpool
-import ppo_continuous_action
-
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -48,26 +43,7 @@ def test_pages_are_short_and_those_of_pairs_have_the_same_headings(page):
         assert re.findall("^## (.+)", text, re.M) == ["Use", "Metrics", "Details", "Results", "Not done"]
 
 
-def test_ci_runs_the_test_command_of_the_readme():
-    command = re.search(r"python (-m pytest[^\n`]*)", (ROOT / "README.md").read_text()).group(1)
-    assert command in (ROOT / ".ci" / "run").read_text()
-
-
-@pytest.mark.parametrize("script", [bpo_continuous_action, ppo_continuous_action], ids=["bpo", "ppo"])
-def test_every_metric_of_the_continuous_pair_is_documented(script, tmp_path):
-    sizes = dict(num_steps=8, minibatch_size=8, update_epochs=1, total_timesteps=40)
-    task = dict(env_id="Pendulum-v1", env_backend="gymnasium", compile=False, output_dir=str(tmp_path))
-    header = Path(script.train(script.Args(**task, **sizes)), "metrics.csv").read_text().splitlines()[0]
-    page = (ROOT / "docs" / "bpo_continuous_action.md").read_text()
-    names = ["charts/episodic_return", "charts/episodic_length", *header.split(",")[1:]]
-    assert len(names) > 15 and not [name for name in names if f"`{name}`" not in page]
-
-
-@pytest.mark.parametrize("script", [bpo_atari_envpool, ppo_atari_envpool], ids=["bpo", "ppo"])
-def test_every_metric_of_the_atari_pair_is_documented(script, tmp_path):
-    sizes = dict(num_envs=2, num_steps=8, minibatch_size=8, update_epochs=1, total_timesteps=8)
-    args = script.Args(env_id="Pong-v5", device="cpu", output_dir=str(tmp_path), **sizes)
-    header = Path(script.train(args), "metrics.csv").read_text().splitlines()[0]
-    page = (ROOT / "docs" / "bpo_atari_envpool.md").read_text()
-    names = ["charts/episodic_return", "charts/episodic_length", *header.split(",")[1:]]
-    assert len(names) > 15 and not [name for name in names if f"`{name}`" not in page]
+def test_ci_runs_the_test_commands_of_the_readme():
+    commands = re.findall(r"python (-m pytest[^\n`]*)", (ROOT / "README.md").read_text())
+    script = (ROOT / ".ci" / "run").read_text()
+    assert len(commands) == 2 and commands[1].endswith(" -m slow") and all(x in script for x in commands)

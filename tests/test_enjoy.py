@@ -236,6 +236,7 @@ def test_an_unwritable_folder_costs_only_the_record(run, capsys):
     assert "return" in out and err.startswith("the result is not recorded: ") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_interrupt_ends_it_at_once(run):
     command = [sys.executable, enjoy.__file__, "examples/Hopper-v4__bpo_continuous_action", "--episodes", "10000"]
     folder = Path(enjoy.__file__).parent
@@ -272,6 +273,7 @@ def test_load_agent_acts_as_enjoy_and_training_do(script, run):
     assert np.ptp(act(np.zeros((500, 1)), stochastic=True)) > 1 and np.ptp(act(np.zeros((500, 1)))) == 0
 
 
+@pytest.mark.slow
 def test_the_example_plays_well_through_gymnasium():
     act = enjoy.load_agent(Path(enjoy.__file__).parent / "examples/Hopper-v4__bpo_continuous_action")
     env, total, over = gym.make("Hopper-v4"), 0.0, False
@@ -302,6 +304,7 @@ def test_films_are_readable_and_never_overwritten(run, capsys):
     assert capsys.readouterr().out.count("film of 9 steps, return ") == 2
 
 
+@pytest.mark.slow
 def test_the_camera_follows_the_robot(monkeypatch):
     monkeypatch.setattr(gym.logger, "min_level", gym.logger.ERROR)
     monkeypatch.setenv("MUJOCO_GL", "egl")
@@ -426,6 +429,7 @@ def test_a_run_never_names_what_is_imported(run, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", (bpo_atari, ppo_atari))
+@pytest.mark.slow
 def test_a_game_goes_on_after_a_lost_life_and_counts_its_own_reward(script, tmp_path):
     args = script.Args(env_id="Breakout-v5", num_steps=8, total_timesteps=64, device="cpu", minibatch_size=64)
     run = enjoy.check(script.train(dataclasses.replace(args, output_dir=str(tmp_path))), enjoy.Options(("",)))
@@ -443,6 +447,7 @@ def test_a_game_goes_on_after_a_lost_life_and_counts_its_own_reward(script, tmp_
     assert returns == pytest.approx(scores) and cut == 0 and (lives == 5).all() and scores.max() > 0
 
 
+@pytest.mark.slow
 def test_a_game_is_filmed_in_colour_as_the_simulator_shows_it(tmp_path):
     args = dict(env_id="Pong-v5", num_steps=8, total_timesteps=64, device="cpu", minibatch_size=64)
     folder = Path(bpo_atari.train(bpo_atari.Args(**args, output_dir=str(tmp_path))))

@@ -1,7 +1,5 @@
 """The functions of gbpo_llm.py and grpo_llm.py against literal formulas, and the likeness of the two."""
 
-import ast
-import inspect
 import json
 import math
 import re
@@ -16,7 +14,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bpo_continuous_action as bpo
 import gbpo_llm as gbpo
 import grpo_llm as grpo
 
@@ -53,20 +50,21 @@ def literal_median(group):
     return ordered[half] if len(group) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
+@SCRIPTS
 @quick
 @given(rewards_strategy, st.sampled_from(["unbiased", "biased", "none"]))
-def test_group_advantages_are_deviations_from_mean_and_median(rewards, scale):
-    """Even and odd groups, ties and equal rewards are all among the examples."""
-    tensor = torch.tensor(rewards, dtype=torch.float64)
-    advantages, median_advantages = gbpo.group_advantages(tensor, 0.5, scale)
-    assert torch.equal(grpo.group_advantages(tensor, scale), advantages)
-    for group, a, m in zip(rewards, advantages.tolist(), median_advantages.tolist()):
+def test_group_advantages_are_deviations_from_mean_and_median(script, rewards, scale):
+    """Even and odd groups, ties and equal rewards are all among the examples. GRPO has no median."""
+    both = script.group_advantages(torch.tensor(rewards, dtype=torch.float64), scale=scale)
+    advantages, median_advantages = (x.tolist() for x in (both if script is gbpo else (both, both)))
+    for group, a, m in zip(rewards, advantages, median_advantages):
         deviation = literal_deviation(group, scale)
         if max(group) == min(group):
             assert a == m == [0.0] * len(group)
         else:
             assert a == pytest.approx([(x - sum(group) / len(group)) / deviation for x in group], abs=1e-9)
-            assert m == pytest.approx([(x - literal_median(group)) / deviation for x in group], abs=1e-9)
+            centre = literal_median(group) if script is gbpo else sum(group) / len(group)
+            assert m == pytest.approx([(x - centre) / deviation for x in group], abs=1e-9)
         assert sum(a) == pytest.approx(0, abs=1e-6)
 
 
@@ -312,20 +310,21 @@ PROMPTS = [[5, 6, 12, 7, 13], [9, 12, 4, 13], [3, 3, 12, 8, 8, 13]]
 COMPLETIONS = [[4, 5, 1], [7, 1], [2, 3, 4, 1]]
 
 
+@SCRIPTS
 @pytest.mark.parametrize("prompts", [PROMPTS, [x[-4:] for x in PROMPTS]], ids=["left and right", "right"])
-def test_padding_on_either_side_changes_nothing(tiny, prompts):
+def test_padding_on_either_side_changes_nothing(script, tiny, prompts):
     """Each row of a padded batch has the log-probabilities and entropies of the row alone, at temperature 0.7.
 
     Attention gets no mask where padding on the right is all there is: its kernels for causal attention are faster.
     """
     model, _ = tiny
-    batch, masks = gbpo.collate(prompts, COMPLETIONS, "cpu"), []
+    batch, masks = script.collate(prompts, COMPLETIONS, "cpu"), []
     if prompts is PROMPTS:
         assert batch["ids"].shape == (3, 10) and batch["ids"][1].tolist() == [0, 0, 9, 12, 4, 13, 7, 1, 0, 0]
     attention = model.model.layers[0].self_attn
     hook = attention.register_forward_pre_hook(lambda _, __, x: masks.append(x["attention_mask"]), with_kwargs=True)
     with torch.no_grad():
-        log_probs, entropies = gbpo.token_log_probs(model, batch, 0.7)
+        log_probs, entropies = script.token_log_probs(model, batch, 0.7)
         hook.remove()
         assert (masks[0] is None) == (prompts is not PROMPTS)
         for i, (prompt, completion) in enumerate(zip(prompts, COMPLETIONS)):
@@ -349,7 +348,7 @@ def new_groups(script, args, seed=0):
     groups = []
     for i in range(args.num_prompts):
         lengths = torch.randint(1, 5, (args.group_size,), generator=generator).tolist()
-        completions = [torch.randint(2, 14, (n,), generator=generator).tolist() for n in lengths]
+        completions = [[*torch.randint(2, 14, (n - 1,), generator=generator).tolist(), 1] for n in lengths]  # <eos>
         rewards = (torch.arange(args.group_size) % 3 == 0).double()
         group = {"problem": {"ids": PROMPTS[i % 3]}, "completions": completions, "rewards": rewards}
         groups.append(
@@ -427,6 +426,8 @@ def test_each_completion_is_learned_with_the_advantage_of_its_reward_in_its_grou
             weights += batch["weights"].sum().item()
             for row, advantage in enumerate(batch["advantages"].tolist()):
                 found.append((batch["ids"][row][batch["attention_mask"][row] > 0].tolist(), pytest.approx(advantage)))
+                length = int(batch["mask"][row].sum())  # the end-of-sequence token is learned, too
+                assert (batch["weights"][row, :length] > 0).all() and found[-1][0][-length - 1] == 13
         for group in groups[2 * k : 2 * k + 2]:
             both = script.group_advantages(group["rewards"][None])
             advantages = (both[0] if script is gbpo else both)[0].tolist()
@@ -500,8 +501,9 @@ def literal_generation(model, prompt, uniforms, temperature, top_p, stop):
     return tokens
 
 
+@SCRIPTS
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 0.9)])
-def test_generation_with_a_cache_equals_generation_without(tiny, temperature, top_p):
+def test_generation_with_a_cache_equals_generation_without(script, tiny, temperature, top_p):
     model, _ = tiny
     uniforms, stop = torch.rand(3, 4, 9, generator=torch.Generator().manual_seed(3)), [1, 7]
     expected = [
@@ -511,7 +513,7 @@ def test_generation_with_a_cache_equals_generation_without(tiny, temperature, to
     ]
     assert len({len(x) for x in expected}) > 2, "completions must end at different times"
     for batch_size in (1, 8, 100):
-        assert gbpo.generate(model, PROMPTS, uniforms, stop, temperature, top_p, batch_size) == expected
+        assert script.generate(model, PROMPTS, uniforms, stop, temperature, top_p, batch_size) == expected
 
 
 @SCRIPTS
@@ -615,9 +617,10 @@ def test_absurd_completions_cost_milliseconds_and_earn_nothing():
             assert rewards.item() == 0 and time.perf_counter() - start < 0.05, text[:20]
 
 
-def test_majority_vote():
-    assert gbpo.majority_vote([None, 3, 2, 2, 3, None, None]) == 3  # a tie: the earliest
-    assert gbpo.majority_vote([None, None]) is None and gbpo.majority_vote([]) is None
+@SCRIPTS
+def test_majority_vote(script):
+    assert script.majority_vote([None, 3, 2, 2, 3, None, None]) == 3  # a tie: the earliest
+    assert script.majority_vote([None, None]) is None and script.majority_vote([]) is None
 
 
 def test_majority_rewards_and_their_accuracy():
@@ -982,63 +985,7 @@ def test_fsdp_needs_a_held_out_problem_for_each_process(script, tiny, tmp_path, 
     assert len(script.make_problems(script.Args(**own, eval_problems=3), tiny[1])[1]) == 4
 
 
-# --- siblings
-
-
-def definitions(script):
-    """Source text of every top-level function and class."""
-    text = Path(script.__file__).read_text()
-    nodes = [x for x in ast.parse(text).body if isinstance(x, (ast.FunctionDef, ast.ClassDef))]
-    return {node.name: ast.get_source_segment(text, node) for node in nodes}
-
-
-# What may differ, and why.
-DIFFERENT = {
-    "Args": "GRPO's objectives, GBPO's target and aggregation",
-    "ratio_bounds": "DAPO's upper bound",
-    "group_advantages": "the median",
-    "minibatch_loss": "the objective",
-    "make_minibatches": "median advantages",
-    "make_minibatch": "median advantages, the objective's aggregation",
-    "rollout": "dynamic sampling is DAPO's",
-}
-
-
-def test_what_the_siblings_share_is_the_same_text():
-    ours, theirs = definitions(gbpo), definitions(grpo)
-    assert set(ours) - set(theirs) == {"target_ratio", "policy_loss", "exact_median"}
-    assert set(theirs) - set(ours) == {"grpo_loss", "gspo_loss", "sapo_loss", "mean_log_ratio"}
-    assert {name for name in ours if name in theirs and ours[name] != theirs[name]} == set(DIFFERENT)
-
-
-def test_text_shared_with_the_other_scripts_is_the_same():
-    ours, theirs = definitions(gbpo), definitions(bpo)
-    names = "BadInput BrokenRun say write_atomically one_line load_run ratio_bounds target_ratio policy_loss"
-    assert not [name for name in names.split() if ours[name] != theirs[name]]
-    for method in ("request_stop",):
-        assert inspect.getsource(getattr(gbpo.Run, method)) == inspect.getsource(getattr(bpo.Run, method))
-
-
-@SCRIPTS
-def test_functions_are_short_and_no_file_of_this_project_is_imported(script):
-    nodes = list(ast.walk(ast.parse(Path(script.__file__).read_text())))
-    lengths = {x.name: x.end_lineno - x.lineno + 1 for x in nodes if isinstance(x, ast.FunctionDef)}
-    assert len(lengths) > 60 and max(lengths.values()) <= 60, max(lengths, key=lengths.get)
-    imported = [name.name for x in nodes if isinstance(x, ast.Import) for name in x.names]
-    imported += [x.module for x in nodes if isinstance(x, ast.ImportFrom)]
-    names = {x.split(".")[0] for x in imported}
-    assert "torch" in names and not [x for x in names if (ROOT / f"{x}.py").exists() or (ROOT / x).is_dir()]
-
-
-@SCRIPTS
-def test_every_option_has_a_help_text(script, capsys):
-    source = Path(script.__file__).read_text().split("class Args:")[1].split("    @model_validator")[0]
-    texts = re.findall("# (.+)", source)
-    assert len(texts) == len(script.dataclasses.fields(script.Args))
-    with pytest.raises(SystemExit):
-        script.read_args(["--help"])
-    shown = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    assert not [text for text in texts if f" {text} (default: " not in shown]
+# --- settings and machines
 
 
 BAD_VALUES = dict(group_size=[1], num_prompts=[0, 10], minibatch_prompts=[0, 128], learning_rate=[math.nan, 0.0])

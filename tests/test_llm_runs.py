@@ -7,21 +7,21 @@ import math
 import os
 import re
 import resource
-import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
+import common
 import numpy as np
 import pytest
 import torch
 import transformers
+from common import command_line, contents, end_of, fork, options, read, resume, without_clock
 from filelock import Timeout
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -35,90 +35,23 @@ SHORT = dict(num_prompts=16, minibatch_prompts=8, group_size=4, eval_problems=40
 SHORT |= dict(total_timesteps=256, kl_coef=0.01, warmup_accuracy=0.05, device="cpu")  # 4 iterations
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A script run as __main__ in this process leaves its own handlers behind."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def train(script, folder, **settings):
-    return Path(script.train(script.Args(**{**SHORT, "output_dir": str(folder), **settings})))
-
-
-def resume(script, run_dir, *words):
-    return script.train(script.read_args(["--resume", str(run_dir), *map(str, words)]))
-
-
-def options(**settings):
-    """Settings as command-line options."""
-    flags = {"--" + name.replace("_", "-"): value for name, value in settings.items()}
-    return [flag if value is True else f"{flag}={value}" for flag, value in flags.items()]
-
-
-def read(path):
-    """The rows of a CSV file; fails on a half-written one."""
-    text = path.read_text()
-    assert text.endswith("\n")
-    header, *lines = text.splitlines()
-    rows = [line.split(",") for line in lines]
-    assert all(len(row) == len(header.split(",")) for row in rows)
-    return [dict(zip(header.split(","), map(float, row))) for row in rows]
-
-
-def steady(rows):
-    """Rows of metrics.csv without what depends on the clock."""
-    timed = ("tokens_per_second", "charts/SPS", "time/rollout", "time/update")
-    return [{name: value for name, value in row.items() if name not in timed} for row in rows]
-
-
-def contents(folder):
-    """All files but the lock, which every attempt may create."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
-
-
-def command_line(script, words, monkeypatch, capsys):
-    """Runs the script as __main__ in this process: its exit status and the lines it wrote to stderr."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(script.__file__, run_name="__main__")
-    return stop.value.code, capsys.readouterr().err.splitlines()
-
-
-def fork(script, words, folder, before=lambda: None):
-    """Runs the script as __main__ in a copy of this process, which spares the imports; stderr goes to a file."""
-    if pid := os.fork():
-        return pid
-    code = 0
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open(2, "w", closefd=False)
-        sys.argv = [script.__file__, *map(str, words)]
-        before()
-        runpy.run_path(script.__file__, run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else print(stop.code, file=sys.stderr) or 1
-    except BaseException:
-        traceback.print_exc()
-        code = 99
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def end_of(pid, folder):
-    """The exit status of a fork, negative if a signal ended it, and the lines it wrote to stderr."""
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status), (folder / "stderr").read_text().splitlines()
+    return common.train(script, folder, **SHORT | settings)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A short run of GBPO."""
     return train(gbpo, tmp_path_factory.mktemp("short"))
+
+
+@pytest.fixture(scope="module")
+def untaught(tmp_path_factory):
+    """Settings of runs that start from the built-in model before it is taught, and reward some first tokens more."""
+    folder = tmp_path_factory.mktemp("untaught")
+    gbpo.save_model(*gbpo.make_model(gbpo.Args(), torch.device("cpu")), folder / "model")
+    (folder / "first.py").write_text("def token(completion_ids, **_):\n    return [ids[0] for ids in completion_ids]\n")
+    return dict(model=str(folder / "model"), reward_fn=(f"{folder}/first.py:token",))
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +94,7 @@ def test_held_out_accuracy_rises(script, warmed, tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["dr_grpo", "dapo", "gspo", "sapo"])
+@pytest.mark.slow
 def test_every_objective_trains(objective, warmed, tmp_path):
     run_dir = train(grpo, tmp_path, objective=objective, model=warmed)
     rows = read(run_dir / "metrics.csv")
@@ -225,13 +159,15 @@ def test_args_json_carries_settings_and_versions(run):
     assert about["versions"]["transformers"] == transformers.__version__
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files(run, tmp_path):
     again = train(gbpo, tmp_path)
     for name in ("episodes.csv", "evaluations.csv", "completions.jsonl"):
         assert (again / name).read_bytes() == (run / name).read_bytes()
-    assert steady(read(again / "metrics.csv")) == steady(read(run / "metrics.csv"))
+    assert without_clock(read(again / "metrics.csv")) == without_clock(read(run / "metrics.csv"))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_files(warmed, warmed_run, tmp_path):
     other = train(gbpo, tmp_path, model=warmed, seed=2)
     assert (other / "episodes.csv").read_bytes() != (warmed_run / "episodes.csv").read_bytes()
@@ -258,13 +194,36 @@ def test_no_completions_to_train_on_are_an_evaluation(script, run, tmp_path):
 def same_but_for_the_clock(run_dir, other):
     for name in ("episodes.csv", "evaluations.csv", "completions.jsonl"):
         assert (run_dir / name).read_bytes() == (other / name).read_bytes(), name
-    assert steady(read(run_dir / "metrics.csv")) == steady(read(other / "metrics.csv"))
+    assert without_clock(read(run_dir / "metrics.csv")) == without_clock(read(other / "metrics.csv"))
     weights = [torch.load(x / "checkpoint.pt", weights_only=True)["learner"]["parameters"] for x in (run_dir, other)]
     assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
 
 
 @SCRIPTS
+def test_a_resumed_run_equals_an_unbroken_one(script, untaught, tmp_path, monkeypatch):
+    own = untaught | dict(lr_schedule="linear", lr_warmup=0)
+    unbroken = train(script, tmp_path / "unbroken", **own, total_timesteps=128)
+    log, stopped = script.Run.log, []
+
+    def stop(run, *rest):
+        log(run, *rest)
+        run.stopping = not stopped
+        stopped.append(1)
+
+    monkeypatch.setattr(script.Run, "log", stop)
+    with pytest.raises(SystemExit, match="stopped at step 64"):
+        train(script, tmp_path / "broken", **own, total_timesteps=128)
+    (run_dir,) = (tmp_path / "broken").iterdir()
+    for name in script.LOGS:  # a row and a half past the checkpoint
+        with (run_dir / name).open("a") as file:
+            file.write((run_dir / name).read_text().splitlines()[-1] + "\n320,")
+    resume(script, run_dir, "--reward-fn", *untaught["reward_fn"])
+    same_but_for_the_clock(run_dir, unbroken)
+
+
+@SCRIPTS
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_undisturbed_one(script, number, warmed, warmed_run, tmp_path):
     """Also with another generation batch and with activations recomputed: they change memory and speed only."""
     words = options(**SHORT, model=warmed, output_dir=tmp_path, checkpoint_seconds=0)
@@ -291,6 +250,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(script, number, warmed, warmed_
     assert settings["generation_batch_size"] == 8 and settings["checkpoint_seconds"] == 99
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_resumed_without_another_evaluation(run, tmp_path):
     """The case of a run that was killed while it wrote its model."""
     shutil.copytree(run, copy := tmp_path / "copy")
@@ -300,6 +260,7 @@ def test_a_finished_run_is_resumed_without_another_evaluation(run, tmp_path):
     assert (copy / "model/model.safetensors").read_bytes() == (run / "model/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_reference_of_the_built_in_model(run, tmp_path):
     """It is not saved, but taught anew: the KL term must be that of a run in one go."""
     run_dir = train(gbpo, tmp_path, total_timesteps=128)
@@ -308,42 +269,46 @@ def test_a_resumed_run_has_the_same_reference_of_the_built_in_model(run, tmp_pat
 
 
 @SCRIPTS
-def test_a_complete_run_goes_on_if_asked_for_more(script, warmed, tmp_path, monkeypatch):
-    run_dir = train(script, tmp_path, model=warmed, total_timesteps=64)
-    before = contents(run_dir)
+def test_a_complete_run_goes_on_if_asked_for_more(script, untaught, tmp_path, monkeypatch):
+    run_dir = train(script, tmp_path, **untaught, total_timesteps=64)
+    before, code = contents(run_dir), ["--reward-fn", *untaught["reward_fn"]]
     for words in ([], ["--total-timesteps", 7]):
         with pytest.raises(script.BadInput, match="is complete: to go on, add a larger --total-timesteps"):
-            resume(script, run_dir, *words)
+            resume(script, run_dir, *words, *code)
     assert contents(run_dir) == before
     make_minibatches, complete = script.make_minibatches, []
     watched = lambda *x: complete.append((run_dir / "model").exists()) or make_minibatches(*x)  # noqa: E731
     monkeypatch.setattr(script, "make_minibatches", watched)
-    resume(script, run_dir, "--total-timesteps", 128, "--micro-batch-tokens", 64)
+    resume(script, run_dir, "--total-timesteps", 128, "--micro-batch-tokens", 64, *code)
     assert complete == [False] and (run_dir / "model").exists()
     assert [row["step"] for row in read(run_dir / "metrics.csv")] == [64, 128]
 
 
 @SCRIPTS
-def test_two_processes_never_own_one_run(script, warmed, tmp_path, monkeypatch, capsys):
-    make_minibatches, refused = script.make_minibatches, []
+def test_two_processes_never_own_one_run(script, untaught, tmp_path, monkeypatch, capsys):
+    make_minibatches, refused, code = script.make_minibatches, [], ["--reward-fn", *untaught["reward_fn"]]
 
     def intrude(*args):
         (run_dir,) = (x.parent for x in tmp_path.glob("*/checkpoint.pt"))
         before = contents(run_dir)
+        monkeypatch.setattr(script, "make_minibatches", make_minibatches)  # if it is not refused, it ends some time
         with pytest.raises(Timeout):
-            resume(script, run_dir, "--total-timesteps", 9999)
-        refused.append(command_line(script, ["--resume", run_dir], monkeypatch, capsys))
+            resume(script, run_dir, "--total-timesteps", 192, *code)
+        monkeypatch.setattr(script, "make_minibatches", intrude)
+        refused.append(command_line(script, ["--resume", run_dir, *code], monkeypatch, capsys))
         assert contents(run_dir) == before
         return make_minibatches(*args)
 
     monkeypatch.setattr(script, "make_minibatches", intrude)
-    train(script, tmp_path, model=warmed, total_timesteps=64)
-    ((code, (line,)),) = refused
-    assert code == 2 and line.startswith("error: ") and "lock" in line
+    run_dir = train(script, tmp_path, **untaught, total_timesteps=64)
+    resume(script, run_dir, "--total-timesteps", 128, *code)
+    assert len(refused) == 2
+    for status, (line,) in refused:
+        assert status == 2 and line.startswith("error: ") and "lock" in line
 
 
 @SCRIPTS
-def test_dynamic_sampling_replaces_the_groups_without_a_signal(script, warmed, tmp_path, monkeypatch):
+def test_dynamic_sampling_replaces_the_groups_without_a_signal(script, untaught, tmp_path, monkeypatch):
     """Which are the first and the third of four here; the first draw that replaces them has one more."""
     draw_groups, make_minibatches, trained = script.draw_groups, script.make_minibatches, []
     rewards = iter([[[0, 0], [0, 1], [1, 1], [1, 0]], [[1, 1], [1, 0], [0, 1], [0, 0]]])
@@ -358,7 +323,7 @@ def test_dynamic_sampling_replaces_the_groups_without_a_signal(script, warmed, t
     monkeypatch.setattr(script, "make_minibatches", lambda *x: trained.append(x[2]) or make_minibatches(*x))
     own = dict(resample_rounds=3) | ({"objective": "dapo"} if script is grpo else {})
     sizes = dict(num_prompts=4, minibatch_prompts=2, group_size=2, total_timesteps=8)
-    run_dir = train(script, tmp_path, model=warmed, **sizes, **own)
+    run_dir = train(script, tmp_path, **untaught, **sizes, **own)
     (groups,) = trained
     assert [group["rewards"].tolist() for group in groups] == [[1, 0], [0, 1], [0, 1], [1, 0]]
     assert read(run_dir / "metrics.csv")[-1]["step"] == 16  # all that was sampled counts
@@ -385,6 +350,7 @@ def test_a_data_file_that_has_changed_is_noticed(script, run, problems, tmp_path
     resume(script, run_dir, "--total-timesteps", 16)
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_refused_and_stays_as_it_is(run, tmp_path):
     middle = bytearray((run / "checkpoint.pt").read_bytes())
     middle[len(middle) // 2] ^= 1
@@ -409,6 +375,7 @@ def test_a_damaged_run_is_refused_and_stays_as_it_is(run, tmp_path):
 @pytest.mark.parametrize(
     "function, flag", [("token_log_probs", "micro-batch-tokens=8192"), ("generate", "generation-batch-size=512")]
 )
+@pytest.mark.slow
 def test_out_of_memory_is_one_line_with_the_flag_to_lower(function, flag, warmed, tmp_path, monkeypatch):
     real, calls, good = getattr(gbpo, function), [], {"token_log_probs": 9, "generate": 3}[function]
 
@@ -430,15 +397,16 @@ def test_out_of_memory_is_one_line_with_the_flag_to_lower(function, flag, warmed
 
 
 @SCRIPTS
-def test_weights_that_break_are_not_saved(script, warmed, tmp_path):
+def test_weights_that_break_are_not_saved(script, untaught, tmp_path):
     with pytest.raises(script.BrokenRun, match="is (nan|inf) at step 64|a weight is not finite at step 64"):
-        train(script, tmp_path, model=warmed, learning_rate=1e38, lr_warmup=0, checkpoint_seconds=0)
+        train(script, tmp_path, **untaught, learning_rate=1e38, lr_warmup=0, checkpoint_seconds=0)
     (run_dir,) = tmp_path.iterdir()
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 0 and all(x.isfinite().all() for x in saved["learner"]["parameters"])
 
 
 @pytest.mark.parametrize("room", [2000, 30_000, 500_000])
+@pytest.mark.slow
 def test_full_disk_ends_with_one_line(room, warmed, tmp_path):
     """Files may grow to some bytes, as on a disk with that much left."""
 
@@ -454,6 +422,7 @@ def test_full_disk_ends_with_one_line(room, warmed, tmp_path):
 
 
 @pytest.mark.parametrize("saver", [transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase])
+@pytest.mark.slow
 def test_a_disk_that_is_full_when_the_model_is_saved_ends_with_one_line(saver, warmed, tmp_path):
     """safetensors and tokenizers have errors of their own; the checkpoint is there by then."""
 
@@ -479,12 +448,12 @@ def test_a_disk_that_is_full_when_the_model_is_saved_ends_with_one_line(saver, w
 
 
 @SCRIPTS
-def test_tracking_without_an_account_is_one_line(script, warmed, tmp_path, monkeypatch):
+def test_tracking_without_an_account_is_one_line(script, untaught, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     asked = []
     monkeypatch.setattr("wandb.login", lambda **options: asked.append(options))  # returns None: no key is known
     with pytest.raises(script.BadInput, match="--track needs an account: .* WANDB_MODE=offline"):
-        train(script, tmp_path / "out", model=warmed, track=True)
+        train(script, tmp_path / "out", **untaught, track=True)
     assert asked == [{"prompt": False}] and not list(tmp_path.iterdir())
 
 
@@ -630,14 +599,15 @@ def test_any_column_of_a_dataset_may_come_along(run, tmp_path):
 
 
 @SCRIPTS
-def test_completions_that_were_all_cut_off_teach_nothing_and_stop_nothing(script, warmed, tmp_path):
-    settings = dict(model=warmed, max_completion_length=1, mask_truncated=True, total_timesteps=64)
+def test_completions_that_were_all_cut_off_teach_nothing_and_stop_nothing(script, run, tmp_path):
+    settings = dict(model=str(run / "model"), max_completion_length=1, mask_truncated=True, total_timesteps=64)
     rows = read(train(script, tmp_path, **settings) / "metrics.csv")
     assert rows[0]["completions/clipped_ratio"] == 1 and rows[0]["loss"] == rows[0]["grad_norm"] == 0
     assert rows[0]["ratio/max"] == rows[0]["ratio/min"] == 1 and rows[0]["ratio/out_of_bounds"] == 0
 
 
 @SCRIPTS
+@pytest.mark.slow
 def test_dropout_is_off_while_gradient_checkpointing_recomputes(script, run, tmp_path):
     """OPT's layers drop out by their own training flag, with 0.1 as the default."""
     sizes = dict(hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32)
@@ -651,7 +621,7 @@ def test_dropout_is_off_while_gradient_checkpointing_recomputes(script, run, tmp
 
 
 @SCRIPTS
-def test_weights_that_take_no_part_stay_as_they_are(script, warmed, tmp_path, monkeypatch):
+def test_weights_that_take_no_part_stay_as_they_are(script, untaught, tmp_path, monkeypatch):
     """As those of the part for images of a model that reads both: they get no gradient."""
     make_model = script.make_model
 
@@ -661,7 +631,7 @@ def test_weights_that_take_no_part_stay_as_they_are(script, warmed, tmp_path, mo
         return model, tokenizer
 
     monkeypatch.setattr(script, "make_model", with_more)
-    run_dir = train(script, tmp_path, model=warmed, total_timesteps=64)
+    run_dir = train(script, tmp_path, **untaught, total_timesteps=64)
     masters = torch.load(run_dir / "checkpoint.pt", weights_only=True)["learner"]["parameters"]
     assert [x.tolist() for x in masters if x.shape == (3,)] == [[1, 1, 1]]
 
@@ -699,7 +669,9 @@ def test_two_processes_equal_one(warmed, warmed_run, tmp_path, flags):
     assert done.returncode == 0, done.stderr[-2000:]
     (run_dir,), run = tmp_path.iterdir(), warmed_run
     assert (run_dir / "episodes.csv").read_bytes() == (run / "episodes.csv").read_bytes()
-    for two, one in zip(steady(read(run_dir / "metrics.csv")), steady(read(run / "metrics.csv")), strict=True):
+    for two, one in zip(
+        without_clock(read(run_dir / "metrics.csv")), without_clock(read(run / "metrics.csv")), strict=True
+    ):
         assert two == pytest.approx(one, rel=2e-3, abs=1e-5)
     assert (run_dir / "evaluations.csv").read_bytes() == (run / "evaluations.csv").read_bytes()
     models = [transformers.AutoModelForCausalLM.from_pretrained(x / "model") for x in (run, run_dir)]
@@ -758,12 +730,22 @@ def test_processes_start_from_the_same_built_in_model(tmp_path):
         (["--eval-dataset", "empty.json"], "no usable row"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(script, arguments, part, monkeypatch, capsys, tmp_path):
+def test_bad_input_is_one_line_before_anything_is_created(script, arguments, part, monkeypatch, tmp_path):
     (tmp_path / "empty.json").write_text("[]")
     monkeypatch.chdir(tmp_path)
-    code, lines = command_line(script, ["--device", "cpu", *arguments], monkeypatch, capsys)
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
-    assert [x.name for x in tmp_path.iterdir()] == ["empty.json"]
+    rows = script.addition_rows()[:600]
+    monkeypatch.setattr(script, "addition_rows", lambda: rows)
+    with pytest.raises(script.BadInput, match=re.escape(part)) as error:
+        script.train(script.read_args(["--device", "cpu", *arguments]))
+    assert "\n" not in str(error.value) and [x.name for x in tmp_path.iterdir()] == ["empty.json"]
+
+
+@SCRIPTS
+def test_bad_input_ends_a_script_with_one_line_and_status_2(script, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, lines = command_line(script, ["--resume", "missing"], monkeypatch, capsys)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: cannot use the run missing")
+    assert not list(tmp_path.iterdir())
 
 
 def test_vllm_is_imported_only_when_asked_for(monkeypatch):
