@@ -1,5 +1,6 @@
 """Makes the scripts importable, keeps tests on one torch thread, and undoes what a run sets for its whole process."""
 
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ STOPS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 for number in (signal.SIGINT, signal.SIGHUP):  # nohup and shells' background jobs ignore them, and runs would, too
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported by now is not searched again: garbage collections are quick
 
 
 @pytest.fixture(autouse=True)

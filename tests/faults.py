@@ -39,7 +39,9 @@ FIRST_LLM |= dict.fromkeys(("11", "23"), "llm group_advantages") | {
     "13": "llm each_completion",
     "27": "llm each_completion",
 }
-FIRST_LLM |= dict.fromkeys(("14", "16"), "llm_runs ttrls") | dict.fromkeys(("19", "20"), "llm_runs resumed_run_equals")
+FIRST_LLM |= {"14": "llm_runs ttrls", "16": "golden_values recorded"} | dict.fromkeys(
+    ("19", "20"), "llm_runs resumed_run_equals"
+)
 FIRST_LLM |= {"21": "llm_runs own_one", "22": "llm_runs break_are", "26": "llm padding or generation", "30": "llm vote"}
 FIRST_LLM |= {"28": "golden_values steps", "29": "llm micro_batches"}
 # Imported once, before the processes that run tests are forked. Scripts are not.

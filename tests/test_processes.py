@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import probe_envs  # noqa: F401 (registers tasks)
 import pytest
 import torch
 from common import (
