@@ -59,7 +59,7 @@ VALID = 'rollout["valid"]'
 OBS = f'rollout["obs"][:-1][{VALID}]'
 ACT = "agent.policy(agent.normalize(state.obs))"
 RESTORE = "part.load_state_dict(self.saved[name])"
-KEEP = '*= batch["keep"][:, None]'
+KEEP = "* (k < len(parts))"
 DISTANCE = "(target - ratio).abs() * (advantage.abs() + tv_coef)"
 SURROGATE = "torch.minimum(ratio * advantage, ratio"
 
@@ -80,7 +80,7 @@ FAULTS = {
     ],
     "4 lambda squared": [
         (BPO, "high, args.temperature)\n    pg_loss", "high, args.temperature**2)\n    pg_loss"),
-        (("gbpo_llm",), "high, args.target_temperature)", "high, args.target_temperature**2)"),
+        (("gbpo_llm",), "args.target_temperature).to(", "args.target_temperature**2).to("),
         (TABULAR, "expit(median_advantage / temperature", "expit(median_advantage / temperature**2"),
     ],
     "4b lambda of the trace squared": [(CONTROL, "gamma * gae_lambda *", "gamma * gae_lambda**2 *")],
@@ -122,7 +122,7 @@ FAULTS = {
         (CONTINUOUS, "math.ceil(samples / args.minibatch_size)", "(samples // args.minibatch_size)"),
         (ATARI, "math.ceil(max(gather(len(rows))) / size)", "(max(gather(len(rows))) // size)"),
         (ROBOTS, "args.num_steps) % samples", "args.num_steps) % (samples - samples % args.num_minibatches - 1)"),
-        (LLM, "range(0, len(groups), size):", "range(0, len(groups) - size, size):"),
+        (LLM, "range(0, len(groups), size)]", "range(0, len(groups) - size, size)]"),
     ],
     "14 linear schedule off by one iteration": [
         (CONTROL, RATE, LATE_RATE),
@@ -170,7 +170,7 @@ FAULTS = {
     "28 reference log-probabilities of the policy": [
         (LLM, '("ref_log_probs", reference)', '("ref_log_probs", reference and model)'),
     ],
-    "29 truncated completions learned when masked": [(LLM, "float() * args.mask_truncated", "float() * 0")],
+    "29 truncated completions learned when masked": [(LLM, "* args.mask_truncated", "* 0")],
     "30 a vote that counts None": [(LLM, "Counter(key for key in keys if key is not None)", "Counter(keys)")],
 }  # fmt: skip
 
