@@ -951,6 +951,7 @@ def test_addition_holds_problems_out(tiny):
 
 
 @SCRIPTS
+@pytest.mark.slow
 def test_the_built_in_task_is_encoded_and_checked_as_a_dataset_is(script):
     args = script.Args(model="x", chat_template=True, system_prompt="1+", max_prompt_length=9)
     with pytest.raises(script.BadInput, match="the built-in model has no chat template"):

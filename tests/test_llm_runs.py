@@ -269,6 +269,7 @@ def test_a_resumed_run_has_the_same_reference_of_the_built_in_model(run, tmp_pat
 
 
 @SCRIPTS
+@pytest.mark.slow
 def test_a_complete_run_goes_on_if_asked_for_more(script, untaught, tmp_path, monkeypatch):
     run_dir = train(script, tmp_path, **untaught, total_timesteps=64)
     before, code = contents(run_dir), ["--reward-fn", *untaught["reward_fn"]]

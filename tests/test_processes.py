@@ -112,7 +112,7 @@ def test_first_signal_ends_a_run_with_a_checkpoint(script, name, tmp_path):
 def test_second_signal_ends_the_process_at_once(tmp_path):
     settings = TARGET | dict(env_id="Sleepy-v0", num_steps=64, output_dir=tmp_path)
     pid = fork(bpo, options(**settings), tmp_path)
-    wait_for_rows(tmp_path, 5, pid)
+    wait_for_rows(tmp_path, 6, pid)
     time.sleep(0.5)
     os.kill(pid, signal.SIGINT)
     time.sleep(0.5)
