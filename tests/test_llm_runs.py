@@ -399,8 +399,9 @@ def test_out_of_memory_is_one_line_with_the_flag_to_lower(function, flag, warmed
 
 @SCRIPTS
 def test_weights_that_break_are_not_saved(script, untaught, tmp_path):
-    with pytest.raises(script.BrokenRun, match="is (nan|inf) at step 64|a weight is not finite at step 64"):
-        train(script, tmp_path, **untaught, learning_rate=1e38, lr_warmup=0, checkpoint_seconds=0)
+    """One step of 1e38: no loss tells, and the weights are not finite."""
+    with pytest.raises(script.BrokenRun, match="a weight is not finite at step 64$"):
+        train(script, tmp_path, **untaught, minibatch_prompts=16, learning_rate=1e38, lr_warmup=0, checkpoint_seconds=0)
     (run_dir,) = tmp_path.iterdir()
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 0 and all(x.isfinite().all() for x in saved["learner"]["parameters"])
