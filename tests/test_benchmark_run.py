@@ -230,6 +230,8 @@ RUNS |= dict(
     tune_mujoco=96,
     reference_mujoco=26,
     reference_atari=1,
+    paper_figure6_ttrl=60,
+    paper_figure6_border=27,
 )
 
 

@@ -86,14 +86,12 @@ def default():
     return brrl_tabular.compute(Args())
 
 
-SLOW = [BATCHES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in BATCHES[1:])]
-
-
-@pytest.fixture(params=SLOW, ids=[f"{x.num_mdps}x{x.num_states}" for x in BATCHES])
+@pytest.fixture(params=BATCHES, ids=lambda args: f"{args.num_mdps}x{args.num_states}")
 def table(request, default):
     return default[0] if request.param == Args() else brrl_tabular.compute(request.param)[0]
 
 
+@pytest.mark.slow
 def test_every_claim_of_the_table_has_its_verdict_on_all_mdps(table):
     failing = {(row.source, row.claim) for row in table if row.verdict == "FAILS"}
     assert failing == FALSE, [row for row in table if (row.source, row.claim) in failing ^ FALSE]
@@ -106,6 +104,7 @@ def cells(lines):
     return [[x.strip() for x in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
 
 
+@pytest.mark.slow
 def test_docs_hold_the_table_and_the_figures_numbers(default, tmp_path):
     """But for the digits of rounding errors and of slack."""
 
