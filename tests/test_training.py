@@ -401,9 +401,8 @@ def test_two_processes_never_own_one_run(script, tmp_path, monkeypatch, capsys):
     collect, refused = script.collect, []
 
     def written(run_dir):
-        return {
-            path: x for path, x in contents(run_dir).items() if "tfevents" not in path.name
-        }  # a thread writes those
+        """All files but TensorBoard's, which a thread writes."""
+        return {path: x for path, x in contents(run_dir).items() if "tfevents" not in path.name}
 
     def intrude(*args):
         (run_dir,) = (x.parent for x in tmp_path.rglob("checkpoint.pt"))
