@@ -149,6 +149,7 @@ def test_interquartile_mean_is_the_mean_of_the_middle_half():
 # --- control
 
 
+@pytest.mark.slow
 def test_report_of_a_suite_compares_its_variants(tmp_path):
     """Two tasks, one of the paper's; unequal numbers of seeds; groups named by the suite's variants."""
     ends = {("mine", "Hopper-v4"): [30, 50, 70], ("base", "Hopper-v4"): [20, 40], ("mine", "B/c-v0"): [300, 100]}
