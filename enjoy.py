@@ -125,6 +125,8 @@ def check(run_dir, options):
     envs.close()
     if options.export and run.script not in ROBOTS:
         raise BadInput(f"--export is for legged robots, and {run_dir} is none: load_agent() serves it from Python")
+    if options.command and not options.video:
+        raise BadInput("--command is for films: add --video")
     run.steer = functools.partial(steer, find_command(run), options.command) if options.command else lambda obs: obs
     if options.video:
         camera, _ = open_camera(run, 0)

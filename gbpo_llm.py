@@ -856,8 +856,8 @@ def make_minibatches(model, reference, groups, args):
     advantages, median_advantages = group_advantages(rewards, (high - 1) / (high - low), args.scale_rewards)
     if args.baseline == "exact":
         median_advantages = advantages - exact_median(advantages, low, high, args.target_temperature)
-    for group, *both in zip(groups, advantages, median_advantages):
-        group |= dict(zip(("advantages", "median_advantages"), both))
+    for group, advantage, median_advantage in zip(groups, advantages, median_advantages):
+        group |= {"advantages": advantage, "median_advantages": median_advantage}
     size = args.minibatch_prompts // WORLD_SIZE
     return [make_minibatch(model, reference, groups[i : i + size], args) for i in range(0, len(groups), size)]
 
@@ -951,12 +951,13 @@ def update(model, learner, minibatches, step, generator, args):
     """Epochs of gradient steps: the statistics' means, and the last epoch's ratios [tokens], each before its step."""
     totals = Counter()
     for _ in range(args.update_epochs):
-        ratios = []
+        ratios, masks = [], []
         for i in torch.randperm(len(minibatches), generator=generator).tolist():
             for batch in minibatches[i]:
                 loss, stats, ratio = minibatch_loss(model, batch, args)
                 loss.backward()
-                ratios.append(ratio.detach()[batch["mask"] > 0])
+                ratios.append(ratio.detach().flatten())
+                masks.append(batch["mask"].flatten())
                 totals.update({name: x.detach() for name, x in stats.items()})
             learning_rate = learner.learning_rate(step)
             totals["grad_norm"] += learner.step(learning_rate) / WORLD_SIZE  # of which the sum is taken below
@@ -964,7 +965,7 @@ def update(model, learner, minibatches, step, generator, args):
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = sums / (args.update_epochs * len(minibatches))
-    ratios = torch.cat(gather(torch.cat(ratios).cpu()))
+    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))  # choosing waits for a GPU: once
     return dict(zip(totals, means.tolist())) | {"learning_rate": learning_rate}, ratios
 
 

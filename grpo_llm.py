@@ -948,12 +948,13 @@ def update(model, learner, minibatches, step, generator, args):
     """Epochs of gradient steps: the statistics' means, and the last epoch's ratios [tokens], each before its step."""
     totals = Counter()
     for _ in range(args.update_epochs):
-        ratios = []
+        ratios, masks = [], []
         for i in torch.randperm(len(minibatches), generator=generator).tolist():
             for batch in minibatches[i]:
                 loss, stats, ratio = minibatch_loss(model, batch, args)
                 loss.backward()
-                ratios.append(ratio.detach()[batch["mask"] > 0])
+                ratios.append(ratio.detach().flatten())
+                masks.append(batch["mask"].flatten())
                 totals.update({name: x.detach() for name, x in stats.items()})
             learning_rate = learner.learning_rate(step)
             totals["grad_norm"] += learner.step(learning_rate) / WORLD_SIZE  # of which the sum is taken below
@@ -961,7 +962,7 @@ def update(model, learner, minibatches, step, generator, args):
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = sums / (args.update_epochs * len(minibatches))
-    ratios = torch.cat(gather(torch.cat(ratios).cpu()))
+    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))  # choosing waits for a GPU: once
     return dict(zip(totals, means.tolist())) | {"learning_rate": learning_rate}, ratios
 
 
