@@ -833,9 +833,12 @@ class Run(ExitStack):
             self.writer.add_scalar(name, value, step)
         live, left = os.isatty(1), max(self.args.total_timesteps - step, 0) / sps
         if live or time.time() - self.line_time > 30:
-            line = f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.4g}, {left:.0f} s left    "
-            terms = [f", {name[8:]} {x:.3g}" for name, x in metrics.items() if name.startswith("rewards/")]
-            say(line if live else line.rstrip() + "".join(terms), end="\r" if live else "\n")
+            line = f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.4g}, {left:.0f} s left"
+            if live:
+                say(f"{line}    ", end="\r")
+            else:  # a terminal would wrap a robot's terms of the reward
+                terms = "".join(f", {name[8:]} {x:.3g}" for name, x in metrics.items() if name.startswith("rewards/"))
+                say(line + terms)
             self.line_time = time.time()
         if time.time() - self.save_time >= self.args.checkpoint_seconds:
             self.save()

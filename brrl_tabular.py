@@ -524,6 +524,10 @@ def check_groups(epsilon, rng, size=8):
     """Rows for GBPO's targets (section 4.5) on groups of `size` completions: the plain median's, and Theorem 4.1's."""
     zero_one = np.tri(size - 1, size)  # 1 to G - 1 right completions
     graded = np.array([rng.choice(rng.random(3), size) for _ in range(1000)])
+    share, p = zero_one.mean(-1), np.full_like(zero_one, 1 / size)
+    gain = expect(limit_policy(zero_one, p, 1 - epsilon, 1 + epsilon), zero_one) - share
+    least = epsilon * np.minimum(share, 1 - share)
+    yield compare("GBPO, exact", "0/1 rewards: gain = eps min(p, 1 - p)", gain, least, equal=True)
     for name, rewards in ("0/1 rewards", zero_one), ("graded rewards", graded[np.ptp(graded, -1) > 0]):
         p, advantage = np.full_like(rewards, 1 / size), rewards - rewards.mean(-1, keepdims=True)
         exact = limit_policy(rewards, p, 1 - epsilon, 1 + epsilon) / p
@@ -532,10 +536,6 @@ def check_groups(epsilon, rng, size=8):
         gain, best = expect(p, nearest * advantage), expect(p, exact * advantage)
         distance = expect(p, np.abs(plain - nearest) * np.abs(advantage))
         promise = (expect(p, (plain - 1) * advantage) - distance) / best  # Corollary 4.4; with exact targets it is 1
-        if name == "0/1 rewards":
-            share = rewards.mean(-1)
-            least = epsilon * np.minimum(share, 1 - share)
-            yield compare("GBPO, exact", f"{name}: gain = eps min(p, 1 - p)", best, least, equal=True)
         yield compare("GBPO, median", f"{name}: its targets average to 1", expect(p, plain), 1, equal=True)
         yield compare("GBPO, median", f"{name}: nearest policy gains as much", gain, best, equal=True, floor=0.1)
         measured = f"{promise.min():.3g} to {promise.max():.3g}, median {np.median(promise):.3g}, of the exact target's"
