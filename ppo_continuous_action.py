@@ -71,7 +71,7 @@ class Args:
     objective: Literal["clip", "spo"] = "clip"  # PPO's, or Simple Policy Optimization's quadratic penalty
     norm_adv: bool = True  # divide advantages by the minibatch's standard deviation; PPO centres them as well
     norm_obs: bool = True  # standardise observations with running statistics
-    min_obs_std: NonNegative = 0.0  # floor of the standard deviations they are divided by: small inputs stay small
+    min_obs_std: NonNegative = 0.3  # floor of the standard deviations they are divided by: small inputs stay small
     norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
     vf_coef: NonNegative = 0.5  # w_1, weight of the value loss
     clip_vloss: bool = False  # clip the value's change by --clip-coef, too

@@ -228,6 +228,7 @@ RUNS |= dict(
     released_mujoco=12,
     rebuilt_hopper=20,
     tune_mujoco=96,
+    mujoco=120,
     reference_mujoco=26,
     reference_atari=1,
     paper_figure6_ttrl=60,
@@ -632,11 +633,11 @@ def untimed(rows):
 @NEEDS_PROC
 @pytest.mark.slow
 def test_killed_training_equals_an_undisturbed_one_up_to_the_restart(tmp_path):
-    """BPO and PPO, two seeds: kill -9 of the runner, of a run, Ctrl-C. Each run's rows are those of the script by
+    """BPO and PPO: kill -9 of the runner, of a run, Ctrl-C. Each run's rows are those of the script by
     itself up to the step from which it was resumed first (the simulators start anew there)."""
     flags = dict(compile=False, num_steps=64, update_epochs=4, hidden_size=32, checkpoint_seconds=0.3)
     raw = "".join(f'[[variants]]\nname = "{x}"\nscript = "{x}_continuous_action.py"\n' for x in ("bpo", "ppo"))
-    suite = write_suite(tmp_path / "s.toml", raw, tasks=["Hopper-v4"], seeds=2, total_timesteps=8000, flags=flags)
+    suite = write_suite(tmp_path / "s.toml", raw, tasks=["Hopper-v4"], seeds=1, total_timesteps=8000, flags=flags)
     out, restarts, moments = tmp_path / "runs" / "s", {}, random.Random(0)
 
     def note(runs):
@@ -671,10 +672,10 @@ def test_killed_training_equals_an_undisturbed_one_up_to_the_restart(tmp_path):
             assert "crashed" not in finish(runner)[1].split("retrying")[-1]
         runner = start(suite, out, "--workers", 2)
     status, output = finish(runner)
-    assert status == 0 and "4 runs: 4 complete" in output and len(restarts) >= 2
-    for script, seed in ((bpo, 1), (bpo, 2), (ppo, 1), (ppo, 2)):
-        run = f"{script.__name__[:3]}__Hopper-v4__{seed}"
-        args = dict(env_id="Hopper-v4", seed=seed, total_timesteps=8000, output_dir=str(tmp_path / "alone" / run))
+    assert status == 0 and "2 runs: 2 complete" in output and restarts
+    for script in (bpo, ppo):
+        run = f"{script.__name__[:3]}__Hopper-v4__1"
+        args = dict(env_id="Hopper-v4", total_timesteps=8000, output_dir=str(tmp_path / "alone" / run))
         script.train(script.Args(**args, **flags))
         for name, view in (("episodes.csv", list), ("metrics.csv", untimed)):
             found, alone = (view(rows_of(folder, name)[run]) for folder in (out, tmp_path / "alone"))
