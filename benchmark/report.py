@@ -1,22 +1,22 @@
 """Curves, intervals and tables of runs: control, legged robots, language models.
 
-    python benchmark/report.py runs/fair_mujoco --output benchmark/results/fair_mujoco
-    python benchmark/report.py benchmark/results/fair_mujoco runs/fair_mujoco --output benchmark/results/fair_mujoco
+    python benchmark/report.py runs/mujoco --output benchmark/results/mujoco
+    python benchmark/report.py benchmark/results/mujoco runs/mujoco --output benchmark/results/mujoco
 
 The second adds new runs to an earlier report's, whose run folders may be gone. Runs of a suite are grouped by task and
-variant, language models by objective, clip ratio and epochs, others by script and the flags in which they differ.
+variant, language models by method, clip ratio and epochs, others by script and the flags in which they differ.
 Intervals are 95% bootstrap intervals over runs; some statistics are rliable's (Agarwal et al., 2021).
 """
 
 import contextlib
 import io
-import itertools
 import json
 import math
 import re
 import sys
 import tempfile
 import tomllib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,16 +27,15 @@ import pandas as pd
 import tyro
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import EngFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter
 from rliable import library, metrics
 from run import HARMLESS, RUNNERS
-from scipy.stats import ttest_1samp
+from scipy.stats import DegenerateDataWarning, bootstrap, ttest_1samp
 
 WINDOW = 100  # episodes
 DRAWS = 2000  # of a bootstrap
-EXACT = 4000  # resamples, up to which all are enumerated: three runs on either side have 729, five on one 3125
 MANY = 4  # groups of a task besides references, above which curves could not be told apart
-FEW = 3  # runs of a group, up to which each is drawn in place of an interval
+FEW = 5  # runs of a group, up to which each is drawn in place of an interval
 KEYS = ["task", "group", "seed"]  # of a run
 CONFIG = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 COLOURS, PANELS = CONFIG["colours"], CONFIG["panels"]
@@ -128,8 +127,11 @@ def curve(steps, returns, grid):
 
 
 def make_curves(tables, grid):
-    """A run's points: a table of steps and figures. A language model's are its evaluations."""
+    """A run's points: a table of steps and figures. A language model's are its evaluations or its votes."""
     table = tables["metrics"]
+    if "ttrl/label_accuracy" in table:  # labels by majority: every iteration says how good they and the votes are
+        names = {f"ttrl/{x}": x for x in ("ground_truth_ratio", "label_accuracy")} | {"ratio/max": "ratio_max"}
+        return table[["step", *names]].rename(columns=names).astype({"step": int})
     if "evaluations" in tables:
         points = tables["evaluations"][["step", "pass@1"]].astype({"step": int})
         then = table.iloc[np.searchsorted(table["step"], points["step"])].reset_index().where(points["step"] > 0)
@@ -164,7 +166,9 @@ def label(folder, about, others):
     args, name = about["args"], about["script"].split("_")[0].upper()
     if about["script"].endswith("_llm"):
         epochs = f"{args['update_epochs']} epoch" + "s" * (args["update_epochs"] > 1)
-        return f"{args.get('objective', name).upper().replace('_', ' ')} ({args['clip_coef']}, {epochs})"
+        name = args.get("objective", name) + " exact" * (args.get("baseline") == "exact")
+        rate = f", {args.get('learning_rate')}" * (len({x["args"].get("learning_rate") for x in others}) > 1)
+        return f"{name.upper().replace('_', ' ')} ({args['clip_coef']}, {epochs}{rate})"
     peers = [other["args"] for other in others if other["script"] == about["script"]]
     flags = (f"{k}={args[k]}" for k in args if any(differ(args, peer, k) for peer in peers))
     return " ".join([name, *flags]) if (own := variant(folder, about)) is None else own
@@ -230,34 +234,24 @@ def collect(args):
 # --- intervals
 
 
-def exact_interval(statistic, *sides):
-    """Bootstrap interval of statistic(*sides), sides [S, ...] of runs, from all resamples; None if there are many."""
-    if math.prod(len(side) ** len(side) for side in sides) > EXACT:
-        return None
-    ways = [[side[list(x)] for x in itertools.product(range(len(side)), repeat=len(side))] for side in sides]
-    values = [statistic(*choice) for choice in itertools.product(*ways)]
-    return np.quantile(values, [0.025, 0.975], axis=0, method="inverted_cdf")
-
-
 def mean_interval(rng, *sides):
     """Mean of a side [S, ...], or of one less another's, and its interval: point, low, high."""
 
     def statistic(ours, *theirs, axis=0):
         return ours.mean(axis) - sum(x.mean(axis) for x in theirs)
 
-    # Drawn even where all are enumerated, so that no interval depends on the size of the groups before.
-    draws = statistic(*(side[rng.integers(len(side), size=(DRAWS, len(side)))] for side in sides), axis=1)
-    exact = exact_interval(statistic, *sides)
-    return statistic(*sides), *(np.quantile(draws, [0.025, 0.975], axis=0) if exact is None else exact)
+    point = statistic(*sides)
+    if min(map(len, sides)) < 2:
+        return point, point, point
+    drawn = bootstrap(sides, statistic, n_resamples=DRAWS, method="percentile", rng=rng)
+    return point, *drawn.confidence_interval
 
 
 def rliable_interval(statistic, *sides):
     """A statistic of rliable and its interval, stratified by task: sides [S, tasks] -> point, low, high."""
-    exact = exact_interval(statistic, *sides) if sides[0].shape[1] == 1 else None  # one task is one stratum
     scores = {"": sides if len(sides) > 1 else sides[0]}
-    draw = statistic if exact is None else lambda *sides: 0.0
-    drawn = library.get_interval_estimates(scores, lambda *x: np.array([draw(*x)]), reps=DRAWS)[1][""][:, 0]
-    return statistic(*sides), *(drawn if exact is None else exact)
+    drawn = library.get_interval_estimates(scores, lambda *x: np.array([statistic(*x)]), reps=DRAWS)[1][""][:, 0]
+    return statistic(*sides), *drawn
 
 
 # --- tables
@@ -313,7 +307,7 @@ def complete_table(table, runs, references):
 def ends_of(table, name):
     """Figures of a task's runs at their end (language models: each one's last), by group and seed."""
     runs = table.groupby(["group", "seed"])
-    if "pass@1" in table:
+    if "ratio_max" in table:
         return runs[name].last()
     ends = table[table["step"] == table["end"]].set_index(["group", "seed"])[name].reindex(runs.size().index)
     if name == "return" and ends.isna().any():
@@ -323,26 +317,18 @@ def ends_of(table, name):
     return ends
 
 
-def largest_ratio(runs, rng):
-    """A group's largest ratios [S], mean and interval; of lost runs an earlier report may have kept these."""
-    own = figure(runs, "largest_ratio").to_numpy()
-    if not np.isnan(own).any():
-        return own, *mean_interval(rng, own)
-    return own[:0], *(figure(runs, f"kept_ratio{x}").mean(skipna=False) for x in ("", "_low", "_high"))
-
-
-def llm_cells(table, runs, rng):
-    """Cells that only language models have."""
-    curves = table[table["group"] == runs["group"].iloc[0]].pivot(index="seed", columns="step", values="pass@1")
+def llm_cells(curves, runs, rng):
+    """Cells that only language models have, of a group's curves [S, K]."""
     cells = {"start": f"{curves.iloc[:, 0].mean():.3f}", "best": f"{curves.max(axis=1).mean():.3f}"}
-    cells["largest ratio (95%)"] = estimate(2, *largest_ratio(runs, rng)[1:], len(runs))
-    outside = figure(runs, "ratio/out_of_bounds").fillna(figure(runs, "kept_out_of_bounds"))
-    return cells | {"out of bounds": f"{outside.mean(skipna=False):.1%}"}
+    largest = figure(runs, "largest_ratio").to_numpy()
+    cells["largest ratio (95%)"] = estimate(2, *mean_interval(rng, largest), len(runs))
+    return cells | {"out of bounds": f"{figure(runs, 'ratio/out_of_bounds').mean(skipna=False):.1%}"}
 
 
 def group_rows(task, table, runs, baseline, tables, rng):
     """Adds a task's groups to the tables, rows by name; returns the ends."""
-    ends, llm = ends_of(table, next(name for name in PANELS if name in table)), "pass@1" in table
+    name, llm = next(name for name in PANELS if name in table), "ratio_max" in table
+    ends, curves = ends_of(table, name), table.pivot(index=["group", "seed"], columns="step", values=name)
     digits = 3 if llm else int(ends.abs().max() < 100)
     show, steps = f"{{:.{digits}f}}".format, table.groupby("group")["end"].first()
     (paper, elsewhere), game = read_published(), task.replace("NoFrameskip-v4", "-v5")
@@ -352,9 +338,9 @@ def group_rows(task, table, runs, baseline, tables, rng):
         cells = {"seeds": count, "steps": step, "mean (95%)": estimate(digits, *mean_interval(rng, last), count)}
         iqm = rliable_interval(metrics.aggregate_iqm, last[:, None])
         cells |= {"IQM (95%)": estimate(digits, *iqm, count), "std": show(pd.Series(last).std())}
-        worst = np.sort(last)[: math.ceil(count / 4)].mean() if count > FEW else np.nan
+        worst = np.sort(last)[: math.ceil(count / 4)].mean() if count >= 4 else np.nan
         cells |= {"worst quarter": show(worst), "caught": f"{figure(own, 'caught').mean(skipna=False):.0%}"}
-        cells |= llm_cells(table, own, rng) if llm else {}
+        cells |= llm_cells(curves.loc[group].dropna(axis=1), own, rng) if llm else {}
         if "hours" in table:
             cells["hours of one core"] = f"{ends_of(table, 'hours')[group].mean():.2f}"
         tables["groups"].append(row | cells | {"each": ", ".join(map(show, last))})
@@ -373,13 +359,17 @@ def group_rows(task, table, runs, baseline, tables, rng):
 
 
 def seed_rows(ends):
-    """Rows that compare language models with GBPO at equal settings, seed by seed: t-intervals."""
+    """Rows that compare language models' ends with GBPO's at equal settings, seed by seed: t-intervals."""
     for group in ends.index.unique("group"):
         gbpo = "GBPO" + group[group.index(" (") :]
         less = (ends[gbpo] - ends[group]).dropna() if gbpo in ends.index and group != gbpo else ()
         if len(less) > 1:
             cell = estimate(3, less.mean(), *ttest_1samp(less, 0).confidence_interval())
-            row = {"pass@1 at the end, seed by seed": f"{gbpo} less {group}", "seeds": len(less), "mean (95%)": cell}
+            row = {
+                f"{ends.name} at the end, seed by seed": f"{gbpo} less {group}",
+                "seeds": len(less),
+                "mean (95%)": cell,
+            }
             yield row | {"each": ", ".join(f"{x:.2f}" for x in less)}
 
 
@@ -409,12 +399,19 @@ def line(colour, place, reference=False):
     return {"color": tuple(np.array(to_rgb(colour)) * dark + pale), "linestyle": style}
 
 
-def draw_curves(axis, table, name, looks, rng):
+def by_setting(table):
+    """The table with a language model's setting moved from its group's name to its task's: each has its own panels."""
+    names = table["group"].str.extract(r"(?P<group>.*) (?P<task>\(\d.*\))$")
+    names["task"] = table["task"] + " " + names["task"]
+    return table.assign(**names.fillna(table))
+
+
+def draw_curves(axis, table, name, looks, rng, x):
     """Mean of each group's runs, and its interval, or up to FEW runs each."""
     for group, runs in table.groupby("group"):
         runs = runs.assign(point=runs.groupby("seed").cumcount())  # language models have points at different steps
-        wide = runs.pivot(index="seed", columns="point", values=["step", name])
-        steps, values = wide["step"].mean().to_numpy(), wide[name].to_numpy()  # [K], [S, K]
+        wide = runs.pivot(index="seed", columns="point", values=[x, name])
+        steps, values = wide[x].mean().to_numpy(), wide[name].to_numpy()  # [K], [S, K]
         style, (mean, *sides) = line(*looks[group]), mean_interval(rng, values)
         if len(values) > FEW:
             axis.fill_between(steps, *sides, color=style["color"], alpha=0.2, linewidth=0)
@@ -423,8 +420,10 @@ def draw_curves(axis, table, name, looks, rng):
             axis.plot(steps[known], each[known], color=style["color"], alpha=0.35, linewidth=0.7)
         known = np.isfinite(mean)
         axis.plot(steps[known], mean[known], label=group, **style)
-    axis.set(xlabel="completions" if "pass@1" in table else "environment steps", ylabel=PANELS[name])
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    steps = "completions" if "ratio_max" in table else "environment steps"
+    axis.set(xlabel=steps if x == "step" else "hours of one core", ylabel=PANELS[name])
+    if x == "step":
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def draw_ends(axis, figures, title, looks):
@@ -437,37 +436,40 @@ def draw_ends(axis, figures, title, looks):
     axis.set(xlabel=title, ylim=(-0.6, len(figures) - 0.4))
 
 
-def draw_task(axes, names, many, table, runs, looks, rng):
+def draw_task(axes, names, many, table, runs, looks, rng, x):
     """A panel per curve of a task, or of many groups per figure at the end, the best on top."""
     order = ends_of(table, names[0]).groupby("group").mean().sort_values().index
     for axis, name in zip(axes, names):
         if many:
-            ends = {x: ends_of(table, name)[x].to_numpy() for x in order}
-            figures = {x: (ends[x], *mean_interval(rng, ends[x])) for x in order}
-            if name == "ratio_max":
-                figures = {x: largest_ratio(runs[runs["group"] == x], rng) for x in order}
+            ends = ends_of(table, name) if name != "ratio_max" else runs.set_index("group")["largest_ratio"]
+            values = {x: ends[x].to_numpy() for x in order}
+            figures = {x: (y, *mean_interval(rng, y)) for x, y in values.items()}
             draw_ends(axis, figures, PANELS[name], looks)
         else:
-            draw_curves(axis, table, name, looks, rng)
+            draw_curves(axis, table, name, looks, rng, x)
         scale = "log" if name in ("ratio_max", "charts/learning_rate") else "linear"
         axis.set(**{"xscale" if many else "yscale": scale})
     axes[0].set_title(table["task"].iloc[0])
 
 
-def draw_hours(tasks, looks, rng):
-    """Returns against hours, a panel per task."""
-    picture, axes = make_figure(len(tasks))
-    for axis, (task, table) in zip(axes, tasks.items()):
-        common = table[table["step"] <= table["end"]]  # runs of a group differ in pace, and must in nothing else
-        draw_curves(axis, common.assign(step=common["hours"]).dropna(subset="step"), "return", looks, rng)
-        axis.set(xlabel="hours of one core", title=task)
-        axis.xaxis.set_major_formatter(ScalarFormatter())
+def draw_all(curves, summary, looks, rng, x="step"):
+    """The picture of all tasks' curves against x, or of their ends."""
+    runs = dict([*by_setting(summary).groupby("task")])
+    tasks = {task: table.dropna(axis=1, how="all") for task, table in by_setting(curves).groupby("task", sort=False)}
+    panels = {task: [name for name in PANELS if name in table] for task, table in tasks.items()}
+    each, groups = max(map(len, panels.values())), {task: table["group"].unique() for task, table in tasks.items()}
+    many = {task: sum(not looks[group][-1] for group in names) > MANY for task, names in groups.items()}
+    rows = max(map(len, groups.values())) * any(many.values())
+    picture, axes = make_figure(sum(map(len, panels.values())), rows, each)
+    for task, table in tasks.items():
+        draw_task(axes, panels[task], many[task], table, runs[task], looks, rng, x)
+        axes = axes[len(panels[task]) :]
     return save(picture)
 
 
-def make_figure(panels, rows=0):
-    """A figure and its axes, for curves or for so many rows each."""
-    columns = 2 if panels in (2, 4) else min(panels, 3)
+def make_figure(panels, rows=0, each=1):
+    """A figure and its axes, for curves or for so many rows each; so many panels belong together."""
+    columns = 2 if panels in (2, 4) or each == 2 else min(panels, 3)
     lines = math.ceil(panels / columns)
     size = (6.5 * columns, (0.9 + 0.25 * rows) * lines) if rows else (4.8 * columns, 3.3 * lines + 0.4)
     picture, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
@@ -539,6 +541,7 @@ def main(args):
     if args.interval is not None and args.interval < 1:
         stop("--interval must be at least 1")
     matplotlib.use("Agg")
+    warnings.simplefilter("ignore", DegenerateDataWarning)  # of figures that are missing
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     np.random.seed(0)  # rliable draws from this generator, whatever random_state it is given
     curves, summary, settings = collect(args)
@@ -548,24 +551,25 @@ def main(args):
     if args.baseline and baseline not in methods:
         stop(f"no group {baseline}: there are {', '.join(methods)}")
     references = {*summary["group"][summary["script"] == "reference"]}
-    runs, looks = dict([*summary.groupby("task")]), looks_of(methods, references)
+    runs = dict([*summary.groupby("task")])
     tasks = {
         x: complete_table(table.dropna(axis=1, how="all"), runs[x], references) for x, table in curves.groupby("task")
     }
     tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published", "elsewhere")}, {}
-    panels = {task: [name for name in PANELS if name in table] for task, table in tasks.items()}
-    groups, rng = {task: table["group"].unique() for task, table in tasks.items()}, np.random.default_rng(0)
-    many = {task: len({*names} - references) > MANY for task, names in groups.items()}
-    rows = max(map(len, groups.values())) * any(many.values())
-    picture, axes = make_figure(sum(map(len, panels.values())), rows)
+    rng = np.random.default_rng(0)
     for task, table in tasks.items():
         ends[task] = group_rows(task, table, runs[task], baseline, tables, rng)
-        tables["pairs"] += seed_rows(ends[task]) if "pass@1" in table else []
-        draw_task(axes, panels[task], many[task], table, runs[task], looks, rng)
-        axes = axes[len(panels[task]) :]
-    files = {"curves.png": save(picture), "curves.csv": to_csv(curves, 6), "summary.csv": to_csv(summary, 8)}
-    if timed := {task: table for task, table in tasks.items() if "hours" in table}:
-        files["hours.png"] = draw_hours(timed, looks, rng)
+        tables["pairs"] += seed_rows(ends[task]) if "ratio_max" in table else []
+    looks = looks_of({x: methods[y] for x, y in zip(by_setting(summary)["group"], summary["group"])}, references)
+    points = pd.concat(tasks.values())
+    files = {
+        "curves.png": draw_all(points, summary, looks, rng),
+        "curves.csv": to_csv(curves, 6),
+        "summary.csv": to_csv(summary, 8),
+    }
+    if "hours" in points:  # at equal steps: runs of a group differ in pace, and must in nothing else
+        timed = points[points["step"] <= points["end"]].dropna(subset="hours")
+        files["hours.png"] = draw_all(timed, summary, looks, rng, "hours")
     if args.aggregate:
         files["aggregate.png"] = aggregate(ends, baseline, tables, looks)
     if settings:

@@ -95,39 +95,19 @@ def test_curve_is_the_mean_of_the_last_hundred_episodes():
         assert np.isnan(value) if len(ended) == 0 else value == pytest.approx(ended.mean())
 
 
-@pytest.mark.parametrize("runs, others", [(2, 2), (2, 3), (3, 3), (3, 1)])
-def test_intervals_of_two_and_three_runs_are_exact(runs, others):
-    """Against all resamples, written as loops; no draw enters, whatever the generator's state."""
-    rng = np.random.default_rng(runs)
-    ours, theirs = rng.normal(2, 3, runs), rng.normal(0, 2, others)
-    means = [
-        np.mean([ours[i] for i in mine]) - np.mean([theirs[i] for i in other])
-        for mine in itertools.product(range(runs), repeat=runs)
-        for other in itertools.product(range(others), repeat=others)
-    ]
-    low = min(x for x in means if np.mean(np.array(means) <= x) >= 0.025)
-    high = min(x for x in means if np.mean(np.array(means) <= x) >= 0.975)
-    expected = pytest.approx((ours.mean() - theirs.mean(), low, high))
-    assert all(report.mean_interval(np.random.default_rng(seed), ours, theirs) == expected for seed in range(3))
-    point, low, high = report.rliable_interval(
-        report.metrics.probability_of_improvement, ours[:, None], theirs[:, None]
-    )
-    wins = [
-        np.mean([ours[i] > theirs[j] for i in mine for j in other])
-        for mine in itertools.product(range(runs), repeat=runs)
-        for other in itertools.product(range(others), repeat=others)
-    ]
-    assert (low, high) == (
-        pytest.approx(np.sort(wins)[int(0.025 * len(wins))]),
-        pytest.approx(np.sort(wins)[-1 - int(0.025 * len(wins))]),
-    )
-
-
-def test_the_sign_of_the_ablations_lambda_1_is_right():
-    """2,000 draws had -36 to 1741."""
-    curves = pd.read_csv(ROOT / "benchmark" / "results" / "ablation" / "curves.csv").query("step == 500_000")
-    ours, theirs = (curves[curves["group"] == x]["return"].to_numpy() for x in ("lambda=1", "default"))
-    assert np.round(report.mean_interval(np.random.default_rng(0), ours, theirs)).tolist() == [957, 26, 1758]
+def test_intervals_of_three_runs_are_those_of_all_resamples():
+    """Written as loops. A tenth of the 2.5% at either end may be chance."""
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.normal(2, 3, 3), rng.normal(0, 2, 3)
+    chosen = [*itertools.product(range(3), repeat=3)]
+    means = [np.mean(ours[[*mine]]) - np.mean(theirs[[*other]]) for mine in chosen for other in chosen]
+    wins = [np.mean([ours[i] > theirs[j] for i in mine for j in other]) for mine in chosen for other in chosen]
+    won = report.rliable_interval(report.metrics.probability_of_improvement, ours[:, None], theirs[:, None])
+    for (point, low, high), known in ((report.mean_interval(rng, ours, theirs), means), (won, wins)):
+        assert point == pytest.approx(np.mean(known))
+        low_1, low_2, high_1, high_2 = np.quantile(known, [0.018, 0.032, 0.968, 0.982])
+        assert low_1 - 1e-9 <= low <= low_2 + 1e-9 and high_1 - 1e-9 <= high <= high_2 + 1e-9
+    assert report.mean_interval(rng, ours[:1], theirs) == (ours[0] - theirs.mean(),) * 3
 
 
 def test_intervals_of_many_runs_have_the_normal_ones():
@@ -391,7 +371,7 @@ def test_a_method_has_one_colour_everywhere_and_two_are_told_apart():
 def test_many_groups_have_a_row_each_and_no_band(groups, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(report, "save", lambda figure: drawn.append(figure) or b"")
-    for k, seed in itertools.product(range(groups), range(1, 5)):
+    for k, seed in itertools.product(range(groups), range(report.FEW + 1)):
         make_run(tmp_path / f"v{k}__Task-v0__{seed}" / "run", seed=seed)
     assert run_report(tmp_path, "--output", tmp_path / "out").returncode == 0
     (axis,) = drawn[0].axes
@@ -497,12 +477,40 @@ def test_models_of_one_setting_are_compared_seed_by_seed(tmp_path):
     assert compared == [f"| {name} | 3 | 0.200 (-0.048 to 0.448) | 0.10, 0.20, 0.30 |"]
 
 
+def test_votes_are_drawn_in_a_row_for_each_setting(tmp_path, monkeypatch):
+    """Labels by majority, exact baselines, two learning rates: a point per iteration, a colour or a dash per method."""
+    drawn, save = [], report.save
+    monkeypatch.setattr(report, "save", lambda figure: drawn.append(figure) or save(figure))
+    monkeypatch.setattr(report.plt, "close", lambda figure: None)
+    for rate, (name, script, own) in itertools.product(
+        (1e-4, 1e-3),
+        [("a", "gbpo_llm", {}), ("b", "gbpo_llm", {"baseline": "exact"}), ("c", "grpo_llm", {"objective": "grpo"})],
+    ):
+        run = make_llm_run(tmp_path / f"{name}{rate}", script, 1, 0.6, 2.0, learning_rate=rate, **own)
+        columns = "step,ttrl/ground_truth_ratio,ttrl/label_accuracy,ratio/max,ratio/out_of_bounds\n"
+        (run / "metrics.csv").write_text(columns + f"10,0.4,0.5,1.5,0\n20,{rate},0.75,2.5,0.1\n")
+    done = run_report(tmp_path, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "| addition | GBPO EXACT (0.5, 10 epochs, 0.0001) | 1 | 20 | 0.000 |" in done.stdout
+    rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
+    assert rows[0] == "task,group,seed,step,ground_truth_ratio,label_accuracy,ratio_max" and len(rows) == 13
+    axes = drawn[0].axes
+    titles = [f"addition (0.5, 10 epochs, {rate})" for rate in (0.0001, 0.001)]
+    assert [axis.get_title() for axis in axes] == [titles[0], "", "", titles[1], "", ""]
+    for axis, end in ((axes[0], 1e-4), (axes[3], 1e-3)):
+        lines = {x.get_label(): x for x in axis.lines if x.get_label()[0] != "_"}
+        assert list(lines) == ["GBPO", "GBPO EXACT", "GRPO"]
+        assert all(x.get_xydata().tolist() == [[10, 0.4], [20, end]] for x in lines.values())
+        assert len({(x.get_color(), x.get_linestyle()) for x in lines.values()}) == 3
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 5000
+
+
 def test_models_with_other_settings_are_not_pooled(tmp_path):
-    runs = [make_llm_run(tmp_path / "a", "gbpo_llm", 1, 0.6, 2.0, learning_rate=1e-3)]
-    runs += [make_llm_run(tmp_path / "b", "gbpo_llm", 2, 0.6, 2.0, learning_rate=1e-4)]
+    runs = [make_llm_run(tmp_path / "a", "gbpo_llm", 1, 0.6, 2.0, group_size=8)]
+    runs += [make_llm_run(tmp_path / "b", "gbpo_llm", 2, 0.6, 2.0, group_size=4)]
     done = run_report(*runs, "--output", tmp_path / "out")
     assert done.returncode == 2 and not (tmp_path / "out").exists() and done.stderr.count("\n") == 1
-    assert "b has other settings than other runs: learning_rate" in done.stderr
+    assert "b has other settings than other runs: group_size" in done.stderr
 
 
 # --- over tasks

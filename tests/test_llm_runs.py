@@ -664,7 +664,7 @@ def torchrun(processes, script, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "fsdp", "fsdp gradient_checkpointing"])
+@pytest.mark.parametrize("flags", ["", "fsdp gradient_checkpointing"])
 def test_two_processes_equal_one(warmed, warmed_run, tmp_path, flags):
     """The same prompts, samples, minibatches and gradients: all but the last digits agree."""
     done = torchrun(2, gbpo, **SHORT, model=warmed, output_dir=tmp_path, **dict.fromkeys(flags.split(), True))

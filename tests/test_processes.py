@@ -1,4 +1,6 @@
-"""Real processes of the scripts for control: kills, signals, full disks, closed pipes, torchrun. All are slow."""
+"""Real processes of the scripts for control: kills, signals, full disks, closed pipes, torchrun. All are slow.
+
+Most are of one script: test_siblings holds that Run has the same text in all."""
 
 import functools
 import math
@@ -25,7 +27,6 @@ from common import (
     STOPS,
     TINY,
     column,
-    each,
     end_of,
     fork,
     make_batch,
@@ -37,7 +38,7 @@ from common import (
 )
 
 pytestmark = pytest.mark.slow
-bpo, ppo = CONTINUOUS
+bpo = CONTINUOUS[0]
 # One episode a step, a reward that tells rows apart, an iteration of 32 steps in some ten milliseconds.
 TARGET = TINY[bpo] | dict(env_id="Target-v0", num_envs=4, seed=5)
 IMPORTABLE = dict(env_id="probe_envs:Target-v0")  # in a process that has not imported it
@@ -60,26 +61,25 @@ def wait_for_rows(folder, lines, pid, timeout=60):
 # --- signals and kills
 
 
-@each(*CONTINUOUS)
-def test_twenty_kills_lose_and_double_no_row(script, tmp_path):
+def test_twenty_kills_lose_and_double_no_row(tmp_path):
     """Every kill comes at a random moment: while the run starts, trains or writes."""
     rng, words, step = random.Random(1), [], None
     settings, total = TARGET | dict(lr_schedule="constant", checkpoint_seconds=0.02), 12_800
     for kill in range(20):
         lines = rows_on_disk(tmp_path)[1]
         words = words or options(**settings, total_timesteps=total, output_dir=tmp_path)
-        pid = fork(script, words, tmp_path)
+        pid = fork(bpo, words, tmp_path)
         if kill % 3 == 0:
             run_dir = wait_for_rows(tmp_path, lines + rng.randrange(2, 8), pid)
         time.sleep(rng.uniform(0, 0.03 if kill % 3 == 0 else 0.2))
         os.kill(pid, signal.SIGKILL)
         assert end_of(pid, tmp_path) == (-signal.SIGKILL, []), f"kill {kill} came too late"
         words, step = ["--resume", run_dir], step or torch.load(run_dir / "checkpoint.pt")["step"]
-    assert end_of(fork(script, words, tmp_path), tmp_path) == (0, [])
+    assert end_of(fork(bpo, words, tmp_path), tmp_path) == (0, [])
     assert (run_dir / "agent.pt").exists() and not list(run_dir.glob("*.tmp"))
     agent = torch.load(run_dir / "agent.pt")["agent"]
     assert agent["obs_stats.count"] == agent["return_stats.count"] == total
-    undisturbed = train(script, tmp_path / "undisturbed", **settings, total_timesteps=step)
+    undisturbed = train(bpo, tmp_path / "undisturbed", **settings, total_timesteps=step)
     ends = {"metrics.csv": range(32, total + 1, 32), "episodes.csv": np.repeat(range(4, total + 1, 4), 4)}
     for name, steps in ends.items():
         rows = read(run_dir / name)
@@ -87,22 +87,21 @@ def test_twenty_kills_lose_and_double_no_row(script, tmp_path):
         assert step > 0 and without_clock(rows, step) == without_clock(read(undisturbed / name))
 
 
-@each(*CONTINUOUS)
 @pytest.mark.parametrize("name", STOPS)
-def test_first_signal_ends_a_run_with_a_checkpoint(script, name, tmp_path):
+def test_first_signal_ends_a_run_with_a_checkpoint(name, tmp_path):
     settings = TARGET | IMPORTABLE | dict(checkpoint_seconds=0.05, output_dir=tmp_path)
     words = options(**settings, total_timesteps=10**7)
-    pid = fork(script, words, tmp_path)
+    pid = fork(bpo, words, tmp_path)
     run_dir = wait_for_rows(tmp_path, 4, pid)
     os.kill(pid, STOPS[name])
     code, (message,) = end_of(pid, tmp_path)
     step = torch.load(run_dir / "checkpoint.pt")["step"]
     assert code == 1 and message.startswith(f"stopped at step {step}; go on with: ")
     command = message.split("go on with: ")[1]
-    assert shlex.split(command) == [sys.executable, os.path.abspath(script.__file__), "--resume", str(run_dir)]
+    assert shlex.split(command) == [sys.executable, os.path.abspath(bpo.__file__), "--resume", str(run_dir)]
     assert read(run_dir / "metrics.csv")[-1]["step"] == step == len(read(run_dir / "episodes.csv"))
     assert not (run_dir / "agent.pt").exists()
-    if (script, name) == (bpo, "SIGHUP"):  # pasted into a shell that stands elsewhere
+    if name == "SIGHUP":  # pasted into a shell that stands elsewhere
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
         pasted = f"{command} --total-timesteps {step + 64}"
         subprocess.run(pasted, shell=True, cwd="/", env=environment, check=True, capture_output=True, timeout=120)
@@ -132,9 +131,8 @@ def test_nohup_keeps_a_run_alive(tmp_path):
 # --- disks and pipes
 
 
-@each(*CONTINUOUS)
 @pytest.mark.parametrize("room", [2000, 20_000])
-def test_full_disk_ends_with_one_line(script, room, tmp_path):
+def test_full_disk_ends_with_one_line(room, tmp_path):
     """Files may grow to some bytes, as on a disk with that much left: args.json fits, then only the logs do."""
 
     def limit():
@@ -142,7 +140,7 @@ def test_full_disk_ends_with_one_line(script, room, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     words = options(compile=False, num_steps=64, update_epochs=1, checkpoint_seconds=0, output_dir=tmp_path / "out")
-    process = start(script, words, cwd=tmp_path, preexec_fn=limit)  # no fork: EnvPool's threads do not survive one
+    process = start(bpo, words, cwd=tmp_path, preexec_fn=limit)  # no fork: EnvPool's threads do not survive one
     code, lines = process.wait(120), process.stderr.read().splitlines()
     assert code == 1 and len(lines) == 1 and lines[0].startswith("error: "), lines
     assert not list(tmp_path.rglob("checkpoint.pt"))
