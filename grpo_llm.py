@@ -735,6 +735,16 @@ def reward_keywords(groups):
     }
 
 
+def check_functions(problems, args):
+    """BadInput if a --reward-fn cannot be loaded, or wants what it is not passed."""
+    passed = reward_keywords([{"problem": x, "texts": [""], "completions": [[]]} for x in problems])
+    for name in args.reward_fn:
+        try:
+            inspect.signature(load_function(name)).bind(**passed)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"--reward-fn {name}: {error}; it is passed {', '.join(sorted(passed))}") from None
+
+
 def function_rewards(groups, args):
     """The weighted sum of what the functions return, of those that apply (not None): [P, G]. BrokenRun if they fail."""
     keywords = reward_keywords(groups)
@@ -1008,8 +1018,7 @@ def train(args):
         device = start_processes(args)
         model, tokenizer = make_model(args, device)
         problems, held_out = make_problems(args, tokenizer)
-        for name in args.reward_fn:
-            load_function(name)
+        check_functions(problems + held_out, args)
         check_sizes(model, tokenizer, problems + held_out, args)
         engine = make_vllm(args) if args.generator == "vllm" else None
         if not args.model and (args.kl_coef or not run.saved):  # a resumed run needs it for the reference only

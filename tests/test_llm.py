@@ -691,6 +691,22 @@ def test_what_a_reward_function_raises_is_one_message_with_its_name_and_place(sc
 
 
 @SCRIPTS
+def test_a_function_that_wants_what_it_is_not_passed_is_refused_before_the_run(script, monkeypatch):
+    def good(prompts, completions, answer, **_):
+        return 1.0
+
+    def other(completions, trainer_state, **_):
+        return 1.0
+
+    with_functions(script, monkeypatch, f=good, g=other, h=len)
+    script.check_functions([SUM], script.Args(reward_fn=("f",)))
+    passed = "it is passed answer, completion_ids, completions, prompts$"
+    for names, fault in ((("f", "g"), "g: missing a required .*'trainer_state'; "), (("h",), "h: missing .*; ")):
+        with pytest.raises(script.BadInput, match=f"^--reward-fn {fault}{passed}"):
+            script.check_functions([SUM], script.Args(reward_fn=names))
+
+
+@SCRIPTS
 def test_completions_of_chats_are_messages_and_columns_and_tokens_come_along(script):
     chat = {"prompt": [{"role": "user", "content": "1+1"}], "row": {"id": 7, "completion": "no", "prompts": "no"}}
     group = {"problem": chat, "texts": ["2"], "completions": [[4, 1]]}
