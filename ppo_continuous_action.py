@@ -67,7 +67,7 @@ class Args:
     target_kl: Positive | None = None  # no further epoch above this approximate KL, in nats
     gamma: Fraction = 0.995  # discount factor
     gae_lambda: Fraction = 0.95  # lambda of generalised advantage estimation
-    clip_coef: Positive = 0.2  # epsilon: the ratio's bounds are 1 -+ epsilon
+    clip_coef: Positive = 0.3  # epsilon: the ratio's bounds are 1 -+ epsilon
     objective: Literal["clip", "spo"] = "clip"  # PPO's, or Simple Policy Optimization's quadratic penalty
     norm_adv: bool = True  # divide advantages by the minibatch's standard deviation; PPO centres them as well
     norm_obs: bool = True  # standardise observations with running statistics

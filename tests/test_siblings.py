@@ -25,15 +25,15 @@ OWN_LINES = {
     "measure_advantages Agent prepare measure",
 }
 OWN_LINES["bpo_atari_envpool"] = OWN_LINES["bpo_continuous_action"]
-OF_BPO = "clip_coef ratio_low ratio_high temperature median_temperature median_network median_coef tv_coef "
+OF_BPO = "ratio_low ratio_high temperature median_temperature median_network median_coef tv_coef "
 OF_BPO += "recompute_advantages "
 OWN_OPTIONS = {
-    "ppo_continuous_action": "clip_coef objective",
+    "ppo_continuous_action": "objective",
     "bpo_continuous_action": OF_BPO + "divergence",
     "ppo_atari_envpool": "update_epochs clip_coef norm_adv ent_coef",
-    "bpo_atari_envpool": OF_BPO + "divergence update_epochs norm_adv ent_coef",
+    "bpo_atari_envpool": OF_BPO + "clip_coef divergence update_epochs norm_adv ent_coef",
     "ppo_locomotion": "update_epochs clip_coef vf_coef clip_vloss ent_coef",
-    "bpo_locomotion": OF_BPO + "update_epochs vf_coef clip_vloss ent_coef",
+    "bpo_locomotion": OF_BPO + "clip_coef update_epochs vf_coef clip_vloss ent_coef",
 }
 # Functions and classes of the pair for language models that differ: GRPO's objectives and GBPO's target, DAPO's bound
 # and its resampling, the median, equation numbers.
