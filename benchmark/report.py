@@ -44,10 +44,10 @@ COLOURS, PANELS = CONFIG["colours"], CONFIG["panels"]
 @dataclass
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # folders of runs, or that hold such, or of earlier reports
-    output: Path = Path("benchmark/results")  # folder for table.md, curves.png, curves.csv, summary.csv, settings.json
+    output: Path = Path("benchmark/results")  # folder for table.md, curves.png, curves.csv, summary.csv, ...
     baseline: str | None = None  # the group that others are compared with; default: the one named default, else PPO's
     interval: int | None = None  # steps between points of a curve; default: a hundredth of the shortest run
-    aggregate: bool = False  # compare groups over all tasks, too, by scores in units of published ones: aggregate.png
+    aggregate: bool = False  # compare groups over all tasks, too, by scores over published ones: aggregate.png
 
 
 def stop(line):
@@ -249,9 +249,12 @@ def mean_interval(rng, *sides):
 
 def rliable_interval(statistic, *sides):
     """A statistic of rliable and its interval, stratified by task: sides [S, tasks] -> point, low, high."""
+    point = statistic(*sides)
+    if max(map(len, sides)) < 2:
+        return point, point, point
     scores = {"": sides if len(sides) > 1 else sides[0]}
     drawn = library.get_interval_estimates(scores, lambda *x: np.array([statistic(*x)]), reps=DRAWS)[1][""][:, 0]
-    return statistic(*sides), *drawn
+    return point, *drawn
 
 
 # --- tables
@@ -541,7 +544,7 @@ def main(args):
     if args.interval is not None and args.interval < 1:
         stop("--interval must be at least 1")
     matplotlib.use("Agg")
-    warnings.simplefilter("ignore", DegenerateDataWarning)  # of figures that are missing
+    warnings.simplefilter("ignore", DegenerateDataWarning)
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     np.random.seed(0)  # rliable draws from this generator, whatever random_state it is given
     curves, summary, settings = collect(args)
