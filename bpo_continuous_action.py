@@ -8,7 +8,7 @@ Ao et al., "Bounded Ratio Reinforcement Learning", https://arxiv.org/abs/2604.18
 What differs from the sibling, ppo_continuous_action.py:
 1. target_ratio: the best ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
 2. policy_loss: the distance from it, weighted by abs(advantage) (Eq. 16), in place of the clipped surrogate (Eq. 17).
-3. median_loss and a median network: the baseline that makes the target sum to one (Eq. 15), so nothing is centred.
+3. median_loss and a median network: the baseline that makes the target sum to one (Eq. 15).
 """
 
 import signal
@@ -76,7 +76,7 @@ class Args:
     clip_coef: Positive = 0.3  # epsilon: the ratio's bounds are 1 -+ epsilon
     ratio_low: float | None = None  # c_l, in place of 1 - epsilon
     ratio_high: float | None = None  # c_h, in place of 1 + epsilon
-    temperature: Positive = 0.1  # lambda of Eq. 9; with norm_adv in standard deviations of the advantage
+    temperature: Positive = 0.1  # lambda of Eq. 9, in standard deviations of the advantage if norm_adv
     median_temperature: Positive | None = None  # lambda of Eq. 15; default: --temperature
     # its own network (paper), an MLP on the value's hidden layers (authors' code), or the value in its place
     median_network: Literal["separate", "mlp-head", "none"] = "separate"
@@ -86,7 +86,7 @@ class Args:
     recompute_advantages: bool = False  # in every minibatch, from the current networks (authors' code)
     norm_adv: bool = True  # divide advantages by the minibatch's standard deviation; PPO centres them as well
     norm_obs: bool = True  # standardise observations with running statistics
-    min_obs_std: NonNegative = 0.3  # floor of the standard deviations they are divided by: small inputs stay small
+    min_obs_std: NonNegative = 0.3  # least standard deviation to divide by: an input that hardly varies is not blown up
     norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
     vf_coef: NonNegative = 0.5  # w_1, weight of the value loss
     clip_vloss: bool = False  # clip the value's change by --clip-coef, too
@@ -124,7 +124,7 @@ class Args:
 def ratio_bounds(args):
     """Bounds (c_l, c_h) of the ratio between new and old policy."""
     low = 1 - args.clip_coef if args.ratio_low is None else args.ratio_low
-    return low, 1 + args.clip_coef if args.ratio_high is None else args.ratio_high
+    return low, (1 + args.clip_coef if args.ratio_high is None else args.ratio_high)
 
 
 def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
@@ -132,8 +132,8 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
 
     For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
     """
-    odds = (ratio_high - 1) / (1 - ratio_low)
-    return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(odds))
+    c = (ratio_high - 1) / (1 - ratio_low)
+    return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(c))
 
 
 def policy_loss(ratio, target, advantage, tv_coef):
@@ -142,9 +142,9 @@ def policy_loss(ratio, target, advantage, tv_coef):
 
 
 def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
-    """Eq. 15 with the g' of Corollary 4.7: [B], [B] -> [B]. Its gradient in mu is (1 - target_ratio) / (c_h - c_l)."""
-    x, odds = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
-    return odds / (1 + odds) * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
+    """Eq. 15: [B], [B] -> [B]. Its gradient in the median is (1 - target_ratio) / (ratio_high - ratio_low)."""
+    x, c = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
+    return c / (1 + c) * x + temperature * nn.functional.softplus(math.log(c) - x / temperature)
 
 
 def minibatch_loss(agent, batch, args):
@@ -154,16 +154,15 @@ def minibatch_loss(agent, batch, args):
     log_ratio = policy.log_prob(batch["actions"]).sum(-1) - batch["log_probs"]
     median, (low, high) = agent.median(obs), ratio_bounds(args)
     advantage, median_advantage, scale = measure_advantages(batch, value, median, args)
-    target = target_ratio(median_advantage / scale, low, high, args.temperature)
+    target = target_ratio(median_advantage, low, high, args.temperature * scale)
     pg_loss = distance(log_ratio, target, advantage / scale, args).mean()
     v_loss = value_loss(value, batch, args)
     entropy = policy.entropy().sum(-1).mean()
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
     stats = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
     if args.median_network != "none":  # else it would train the value
-        temperature = args.median_temperature or args.temperature
-        # Scaled back, so that scale is the unit of the temperature and no factor of the gradient.
-        stats["median_loss"] = scale * median_loss(returns / scale, median / scale, low, high, temperature).mean()
+        temperature = (args.median_temperature or args.temperature) * scale
+        stats["median_loss"] = median_loss(returns, median, low, high, temperature).mean()
         loss = loss + args.median_coef * stats["median_loss"]
     return loss, stats | policy_change(log_ratio, policy, batch, args)
 
@@ -173,7 +172,7 @@ def measure_advantages(batch, value, median, args):
     if not args.recompute_advantages:
         value, median = batch["values"], batch["medians"]
     advantage, median_advantage = batch["returns"] - value.detach(), batch["returns"] - median.detach()
-    # The floor is for nearly equal advantages: blown up, they would starve the critics of the clipped gradient.
+    # Floored: nearly equal advantages, blown up, would leave the critics little of the clipped gradient.
     std = advantage.std(correction=min(1, len(advantage) - 1))
     scale = torch.maximum(std, 0.1 * advantage.abs().mean()) + 1e-8
     return advantage, median_advantage, scale if args.norm_adv else torch.ones(())
@@ -275,10 +274,10 @@ class Agent(nn.Module):
         return self.obs_stats(obs) if self.norm_obs else obs
 
     def scale_rewards(self, rewards, valid, gamma):
-        """Rewards [T, N] over the running standard deviation of the discounted return, theirs included."""
+        """Rewards [T, N] over the running standard deviation of the discounted return."""
         history = []
-        for reward, running in zip(rewards, valid):  # a dummy step, whose reward is 0, starts the sum anew
-            self.discounted_return = reward + gamma * self.discounted_return * running
+        for reward, real in zip(rewards, valid):  # a dummy step, whose reward is 0, starts the sum anew
+            self.discounted_return = reward + gamma * self.discounted_return * real
             history.append(self.discounted_return)
         if valid.any():
             self.return_stats.update(torch.stack(history)[valid][:, None])
@@ -330,7 +329,8 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al., 2015), bootstrapping through truncation.
 
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
-    values[t+1] must be the value of the observation that step t returned, also where an episode ended.
+    values[t+1] must be the value of the observation that step t returned, also where an episode ended. What a dummy
+    step's row holds reaches no other row.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
@@ -405,14 +405,13 @@ def minibatch_gradient(agent, batch, args):
 def update(agent, optimizer, gradient_function, batch, args):
     """Epochs of gradient steps; returns the mean of each statistic over all minibatches."""
     (group,), history, samples = optimizer.param_groups, [], len(batch["obs"])
-    (parameters,) = group["params"]
+    (flat,) = group["params"]
     # The last minibatch is topped up from the first, so that all have one size.
     places = torch.arange(math.ceil(samples / args.minibatch_size) * args.minibatch_size) % samples
     for _ in range(args.update_epochs):
-        order = torch.randperm(samples)[places]
-        shuffled = [x[order].split(args.minibatch_size) for x in batch.values()]
-        for minibatch in zip(*shuffled):
-            parameters.grad, stats = gradient_function(agent, dict(zip(batch, minibatch)), args)
+        for rows in torch.randperm(samples)[places].split(args.minibatch_size):
+            minibatch = {name: x[rows] for name, x in batch.items()}
+            flat.grad, stats = gradient_function(agent, minibatch, args)
             if args.lr_schedule == "adaptive":
                 group["lr"].copy_(adaptive_learning_rate(group["lr"], stats["kl"], args.desired_kl))
             optimizer.step()
@@ -437,19 +436,20 @@ def measure(agent, batch, args):
     for name, chosen in (("high", ratio >= 1), ("low", ratio <= 1)):
         side = ratio[chosen] if chosen.any() else torch.ones(1)
         stats |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
-    error, returns = batch["returns"] - batch["values"], batch["returns"]
-    unexplained = error.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    returns = batch["returns"]
+    unexplained = (returns - batch["values"]).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
     stats |= {"losses/explained_variance": 1 - unexplained, "charts/log_std": agent.log_std.mean()}
     advantage, median_advantage, scale = measure_advantages(batch, batch["values"], batch["medians"], args)
-    target = target_ratio(median_advantage / scale, low, high, args.temperature)
+    target = target_ratio(median_advantage, low, high, args.temperature * scale)
     # Corollary 4.4: the policy improves by at least the gain of the target less the distance from it.
-    gain, atv = ((target - 1) * median_advantage).mean(), policy_loss(ratio, target, advantage, 0.0).mean()
+    gain = ((target - 1) * median_advantage).mean()
+    atv = policy_loss(ratio, target, advantage, 0.0).mean()
     stats |= {"theory/guaranteed_gain": gain, "theory/atv_divergence": atv, "theory/improvement_bound": gain - atv}
     return {name: x.item() for name, x in stats.items()}
 
 
 def make_optimizer(agent, args):
-    """Adam on one vector, in the order of minibatch_gradient's, that all parameters become views of: for speed."""
+    """Adam on one vector, in minibatch_gradient's order, whose views the parameters become: for speed."""
     parameters = list(agent.parameters())
     flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(flat.data, parameters)
@@ -458,7 +458,7 @@ def make_optimizer(agent, args):
 
 
 def train(args):
-    """Trains an agent and returns its run's folder. BadInput before anything is created, BrokenRun, SystemExit."""
+    """Trains an agent; returns its run's folder. Raises BadInput before it creates anything, BrokenRun, SystemExit."""
     torch.set_num_threads(1)  # faster than two for networks of this size
     with Run(args) as run:
         run.load()

@@ -83,7 +83,7 @@ class Args:
     clip_coef: Positive = 0.3  # epsilon: the ratio's bounds are 1 -+ epsilon
     ratio_low: float | None = None  # c_l, in place of 1 - epsilon
     ratio_high: float | None = None  # c_h, in place of 1 + epsilon
-    temperature: Positive = 0.001  # lambda of Eq. 9; with norm_adv in standard deviations of the advantage
+    temperature: Positive = 0.001  # lambda of Eq. 9, in standard deviations of the advantage if norm_adv
     median_temperature: Positive | None = None  # lambda of Eq. 15; default: --temperature
     median_network: Literal["separate", "none"] = "separate"  # its own network, or the value in its place
     median_coef: NonNegative = 0.5  # w_2, weight of the median loss
@@ -127,7 +127,7 @@ class Args:
 def ratio_bounds(args):
     """Bounds (c_l, c_h) of the ratio between new and old policy."""
     low = 1 - args.clip_coef if args.ratio_low is None else args.ratio_low
-    return low, 1 + args.clip_coef if args.ratio_high is None else args.ratio_high
+    return low, (1 + args.clip_coef if args.ratio_high is None else args.ratio_high)
 
 
 def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
@@ -135,8 +135,8 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
 
     For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
     """
-    odds = (ratio_high - 1) / (1 - ratio_low)
-    return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(odds))
+    c = (ratio_high - 1) / (1 - ratio_low)
+    return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(c))
 
 
 def policy_loss(ratio, target, advantage, tv_coef):
@@ -145,9 +145,9 @@ def policy_loss(ratio, target, advantage, tv_coef):
 
 
 def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
-    """Eq. 15 with the g' of Corollary 4.7: [B], [B] -> [B]. Its gradient in mu is (1 - target_ratio) / (c_h - c_l)."""
-    x, odds = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
-    return odds / (1 + odds) * x + temperature * nn.functional.softplus(math.log(odds) - x / temperature)
+    """Eq. 15: [B], [B] -> [B]. Its gradient in the median is (1 - target_ratio) / (ratio_high - ratio_low)."""
+    x, c = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
+    return c / (1 + c) * x + temperature * nn.functional.softplus(math.log(c) - x / temperature)
 
 
 def minibatch_loss(agent, batch, args):
@@ -159,16 +159,15 @@ def minibatch_loss(agent, batch, args):
     if args.recompute_advantages:
         batch = batch | measure_advantages(returns, value.detach(), median.detach(), args)
     advantage, median_advantage, scale = batch["advantages"], batch["median_advantages"], batch["scales"]
-    target = target_ratio(median_advantage / scale, low, high, args.temperature)
+    target = target_ratio(median_advantage, low, high, args.temperature * scale)
     pg_loss = policy_loss(log_ratio.exp(), target, advantage / scale, args.tv_coef).mean()
     v_loss = value_loss(value, batch, args)
     entropy = policy.entropy().sum(-1).mean()
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
     stats = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
     if args.median_network != "none":  # else it would train the value
-        temperature = args.median_temperature or args.temperature
-        # Scaled, so that scale is the unit of the temperature and no factor of the gradient.
-        stats["median_loss"] = median_loss(returns, median, low, high, temperature * scale).mean()
+        temperature = (args.median_temperature or args.temperature) * scale
+        stats["median_loss"] = median_loss(returns, median, low, high, temperature).mean()
         loss = loss + args.median_coef * stats["median_loss"]
     return loss, stats | policy_change(log_ratio, policy, batch, args)
 
@@ -176,7 +175,7 @@ def minibatch_loss(agent, batch, args):
 def measure_advantages(returns, value, median, args):
     """Advantages over value and median, and the scales to divide both by: [B], [B], [B] -> a dict of tensors [B]."""
     advantage, median_advantage = returns - value, returns - median
-    # The floor is for nearly equal advantages: blown up, they would starve the critics of the clipped gradient.
+    # Floored: nearly equal advantages, blown up, would leave the critics little of the clipped gradient.
     std = advantage.std(correction=min(1, len(advantage) - 1))
     scale = torch.maximum(std, 0.1 * advantage.abs().mean()) + 1e-8 if args.norm_adv else torch.ones_like(std)
     if args.norm_adv:
@@ -527,7 +526,8 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al., 2015), bootstrapping through truncation.
 
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
-    values[t+1] must be the value of the observation that step t returned, also where an episode ended.
+    values[t+1] must be the value of the observation that step t returned, also where an episode ended. What a dummy
+    step's row holds reaches no other row.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
@@ -656,19 +656,20 @@ def measure(agent, batch, args):
     for name, chosen in (("high", ratio >= 1), ("low", ratio <= 1)):
         side = ratio[chosen] if chosen.any() else torch.ones(1)
         stats |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
-    error, returns = batch["returns"] - batch["values"], batch["returns"]
-    unexplained = error.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    returns = batch["returns"]
+    unexplained = (returns - batch["values"]).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
     stats |= {"losses/explained_variance": 1 - unexplained, "charts/std": agent.std.mean()}
     advantage, median_advantage, scale = batch["advantages"], batch["median_advantages"], batch["scales"]
-    target = target_ratio(median_advantage / scale, low, high, args.temperature)
+    target = target_ratio(median_advantage, low, high, args.temperature * scale)
     # Corollary 4.4: the policy improves by at least the gain of the target less the distance from it.
-    gain, atv = ((target - 1) * median_advantage).mean(), policy_loss(ratio, target, advantage, 0.0).mean()
+    gain = ((target - 1) * median_advantage).mean()
+    atv = policy_loss(ratio, target, advantage, 0.0).mean()
     stats |= {"theory/guaranteed_gain": gain, "theory/atv_divergence": atv, "theory/improvement_bound": gain - atv}
     return {name: x.item() for name, x in stats.items()}
 
 
 def make_optimizer(agent, args):
-    """Adam on one vector, in the order of minibatch_gradient's, that all parameters become views of: for speed."""
+    """Adam on one vector, in minibatch_gradient's order, whose views the parameters become: for speed."""
     parameters = list(agent.parameters())
     flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(flat.data, parameters)
@@ -677,7 +678,7 @@ def make_optimizer(agent, args):
 
 
 def train(args):
-    """Trains an agent and returns its run's folder. BadInput before anything is created, BrokenRun, SystemExit."""
+    """Trains an agent; returns its run's folder. Raises BadInput before it creates anything, BrokenRun, SystemExit."""
     torch.set_float32_matmul_precision(args.matmul_precision)
     with Run(args) as run:
         run.load()

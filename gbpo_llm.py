@@ -177,7 +177,7 @@ class Args:
 def ratio_bounds(args):
     """Bounds (c_l, c_h) of the ratio between new and old policy."""
     low = 1 - args.clip_coef if args.ratio_low is None else args.ratio_low
-    return low, 1 + args.clip_coef if args.ratio_high is None else args.ratio_high
+    return low, (1 + args.clip_coef if args.ratio_high is None else args.ratio_high)
 
 
 def group_advantages(rewards, quantile=0.5, scale="unbiased"):
@@ -201,8 +201,8 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
 
     For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
     """
-    odds = (ratio_high - 1) / (1 - ratio_low)
-    return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(odds))
+    c = (ratio_high - 1) / (1 - ratio_low)
+    return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(c))
 
 
 def exact_median(advantages, ratio_low, ratio_high, temperature):

@@ -71,7 +71,7 @@ class Args:
     objective: Literal["clip", "spo"] = "clip"  # PPO's, or Simple Policy Optimization's quadratic penalty
     norm_adv: bool = True  # divide advantages by the minibatch's standard deviation; PPO centres them as well
     norm_obs: bool = True  # standardise observations with running statistics
-    min_obs_std: NonNegative = 0.3  # floor of the standard deviations they are divided by: small inputs stay small
+    min_obs_std: NonNegative = 0.3  # least standard deviation to divide by: an input that hardly varies is not blown up
     norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return
     vf_coef: NonNegative = 0.5  # w_1, weight of the value loss
     clip_vloss: bool = False  # clip the value's change by --clip-coef, too
@@ -213,10 +213,10 @@ class Agent(nn.Module):
         return self.obs_stats(obs) if self.norm_obs else obs
 
     def scale_rewards(self, rewards, valid, gamma):
-        """Rewards [T, N] over the running standard deviation of the discounted return, theirs included."""
+        """Rewards [T, N] over the running standard deviation of the discounted return."""
         history = []
-        for reward, running in zip(rewards, valid):  # a dummy step, whose reward is 0, starts the sum anew
-            self.discounted_return = reward + gamma * self.discounted_return * running
+        for reward, real in zip(rewards, valid):  # a dummy step, whose reward is 0, starts the sum anew
+            self.discounted_return = reward + gamma * self.discounted_return * real
             history.append(self.discounted_return)
         if valid.any():
             self.return_stats.update(torch.stack(history)[valid][:, None])
@@ -268,7 +268,8 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al., 2015), bootstrapping through truncation.
 
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
-    values[t+1] must be the value of the observation that step t returned, also where an episode ended.
+    values[t+1] must be the value of the observation that step t returned, also where an episode ended. What a dummy
+    step's row holds reaches no other row.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
@@ -342,14 +343,13 @@ def minibatch_gradient(agent, batch, args):
 def update(agent, optimizer, gradient_function, batch, args):
     """Epochs of gradient steps; returns the mean of each statistic over all minibatches."""
     (group,), history, samples = optimizer.param_groups, [], len(batch["obs"])
-    (parameters,) = group["params"]
+    (flat,) = group["params"]
     # The last minibatch is topped up from the first, so that all have one size.
     places = torch.arange(math.ceil(samples / args.minibatch_size) * args.minibatch_size) % samples
     for _ in range(args.update_epochs):
-        order = torch.randperm(samples)[places]
-        shuffled = [x[order].split(args.minibatch_size) for x in batch.values()]
-        for minibatch in zip(*shuffled):
-            parameters.grad, stats = gradient_function(agent, dict(zip(batch, minibatch)), args)
+        for rows in torch.randperm(samples)[places].split(args.minibatch_size):
+            minibatch = {name: x[rows] for name, x in batch.items()}
+            flat.grad, stats = gradient_function(agent, minibatch, args)
             if args.lr_schedule == "adaptive":
                 group["lr"].copy_(adaptive_learning_rate(group["lr"], stats["kl"], args.desired_kl))
             optimizer.step()
@@ -374,14 +374,14 @@ def measure(agent, batch, args):
     for name, chosen in (("high", ratio >= 1), ("low", ratio <= 1)):
         side = ratio[chosen] if chosen.any() else torch.ones(1)
         stats |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
-    error, returns = batch["returns"] - batch["values"], batch["returns"]
-    unexplained = error.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    returns = batch["returns"]
+    unexplained = (returns - batch["values"]).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
     stats |= {"losses/explained_variance": 1 - unexplained, "charts/log_std": agent.log_std.mean()}
     return {name: x.item() for name, x in stats.items()}
 
 
 def make_optimizer(agent, args):
-    """Adam on one vector, in the order of minibatch_gradient's, that all parameters become views of: for speed."""
+    """Adam on one vector, in minibatch_gradient's order, whose views the parameters become: for speed."""
     parameters = list(agent.parameters())
     flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(flat.data, parameters)
@@ -390,7 +390,7 @@ def make_optimizer(agent, args):
 
 
 def train(args):
-    """Trains an agent and returns its run's folder. BadInput before anything is created, BrokenRun, SystemExit."""
+    """Trains an agent; returns its run's folder. Raises BadInput before it creates anything, BrokenRun, SystemExit."""
     torch.set_num_threads(1)  # faster than two for networks of this size
     with Run(args) as run:
         run.load()

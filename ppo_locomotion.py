@@ -477,7 +477,8 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al., 2015), bootstrapping through truncation.
 
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
-    values[t+1] must be the value of the observation that step t returned, also where an episode ended.
+    values[t+1] must be the value of the observation that step t returned, also where an episode ended. What a dummy
+    step's row holds reaches no other row.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
@@ -605,14 +606,14 @@ def measure(agent, batch, args):
     for name, chosen in (("high", ratio >= 1), ("low", ratio <= 1)):
         side = ratio[chosen] if chosen.any() else torch.ones(1)
         stats |= {f"ratio/{name}_mean": side.mean(), f"ratio/{name}_std": side.std(correction=0)}
-    error, returns = batch["returns"] - batch["values"], batch["returns"]
-    unexplained = error.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+    returns = batch["returns"]
+    unexplained = (returns - batch["values"]).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
     stats |= {"losses/explained_variance": 1 - unexplained, "charts/std": agent.std.mean()}
     return {name: x.item() for name, x in stats.items()}
 
 
 def make_optimizer(agent, args):
-    """Adam on one vector, in the order of minibatch_gradient's, that all parameters become views of: for speed."""
+    """Adam on one vector, in minibatch_gradient's order, whose views the parameters become: for speed."""
     parameters = list(agent.parameters())
     flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(flat.data, parameters)
@@ -621,7 +622,7 @@ def make_optimizer(agent, args):
 
 
 def train(args):
-    """Trains an agent and returns its run's folder. BadInput before anything is created, BrokenRun, SystemExit."""
+    """Trains an agent; returns its run's folder. Raises BadInput before it creates anything, BrokenRun, SystemExit."""
     torch.set_float32_matmul_precision(args.matmul_precision)
     with Run(args) as run:
         run.load()

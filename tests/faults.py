@@ -75,11 +75,11 @@ FAULTS = {
         (TABULAR, "expit(median_advantage", "expit(-median_advantage"),
     ],
     "3 median loss without its shift": [
-        (BPO, "softplus(math.log(odds) - x", "softplus(-x"),
+        (BPO, "softplus(math.log(c) - x", "softplus(-x"),
         (TABULAR, "logaddexp(0, log_c - x", "logaddexp(0, -x"),
     ],
     "4 lambda squared": [
-        (BPO, "high, args.temperature)\n    pg_loss", "high, args.temperature**2)\n    pg_loss"),
+        (BPO, "high, args.temperature * scale)\n    pg_loss", "high, args.temperature**2 * scale)\n    pg_loss"),
         (("gbpo_llm",), "args.target_temperature).to(", "args.target_temperature**2).to("),
         (TABULAR, "expit(median_advantage / temperature", "expit(median_advantage / temperature**2"),
     ],
