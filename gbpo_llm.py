@@ -9,8 +9,8 @@ Ao et al., "Bounded Ratio Reinforcement Learning", section 4.5, https://arxiv.or
 
 What differs from the sibling, grpo_llm.py:
 1. target_ratio: the best ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
-2. policy_loss: the distance from it, weighted by abs(advantage) (section 4.5), in place of the clipped surrogate.
-3. group_advantages: measured from the group's median as well, for the target.
+2. policy_loss: the distance from it, weighted by abs(advantage) (Eq. 16), in place of the clipped surrogate.
+3. group_advantages: measured from the group's median (or an exact baseline) as well, for the target.
 """
 
 import signal
@@ -89,15 +89,15 @@ class Args:
     model: Name | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
     chat_template: bool = False  # wrap prompts in the tokenizer's chat template
     system_prompt: str | None = None  # system message of the chat template
-    # 1 for the right number: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
+    # 1 for the right answer: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
     reward: Literal["exact", "boxed", "majority"] = "exact"
     reward_fn: tuple[str, ...] = ()  # module:function or path.py:function, in place of --reward; called as by TRL
     reward_weights: tuple[float, ...] = ()  # of several functions, whose rewards are added; default: 1 each
     num_votes: PositiveInt = 64  # completions that vote; the first --group-size are trained on
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of initial weights, prompts, samples and minibatches
     total_timesteps: Count = 81_920  # completions to sample for training; 0: evaluate only
-    num_prompts: PositiveInt = 64  # prompts per iteration, of all processes, P
-    group_size: Annotated[int, Field(ge=2)] = 8  # completions per prompt, G
+    num_prompts: PositiveInt = 64  # prompts per iteration, of all processes
+    group_size: Annotated[int, Field(ge=2)] = 8  # completions per prompt
     minibatch_prompts: PositiveInt = 16  # prompts (whole groups) per gradient step, of all processes
     update_epochs: PositiveInt = 1  # passes over the rollout per iteration
     learning_rate: Positive = 3e-4  # Adam's step size, at the start if it is scheduled
@@ -113,15 +113,15 @@ class Args:
     ratio_low: float | None = None  # c_l, in place of 1 - epsilon
     ratio_high: float | None = None  # c_h, in place of 1 + epsilon
     target_temperature: Positive = 1e-4  # lambda of Eq. 9, in units of the advantage
-    # of the target: the group's median (section 4.5), or what makes its targets average to 1 (Theorem 4.1)
+    # of the target: the group's median (section 4.5); exact: what makes its targets average to 1 (Corollary 4.7)
     baseline: Literal["median", "exact"] = "median"
     tv_coef: NonNegative = 0.0  # alpha_1, weight of plain total variation beside the weighted one (Eq. 16)
-    # mean over each response, then over all (paper); over tokens (authors' code); sum over the length limit
+    # mean over each response, then over all (paper); over tokens (authors' code); sum / the length limit
     aggregation: Literal["response", "token", "constant"] = "response"
     # divide by the group's std + 1e-6 with n - 1 (authors; TRL adds 1e-4), by sqrt(var + 1e-6) with n, or not at all
     scale_rewards: Literal["unbiased", "biased", "none"] = "unbiased"
     resample_rounds: Count = 0  # draws of new prompts for groups of equal rewards, at most (as DAPO's)
-    mask_truncated: bool = False  # leave completions that were cut off out of the loss
+    mask_truncated: bool = False  # leave cut-off completions out of the loss, not out of their group's statistics
     kl_coef: NonNegative = 0.0  # weight of the KL divergence to the initial model (k3 estimate)
     ent_coef: NonNegative = 0.0  # weight of the entropy bonus
     # the built-in model is taught until its samples are right this often
@@ -171,7 +171,7 @@ class Args:
         return self
 
 
-# --- the algorithm
+# --- the algorithm: P prompts, G completions of each (V, if they vote), B rows of T tokens
 
 
 def ratio_bounds(args):
@@ -185,7 +185,7 @@ def group_advantages(rewards, quantile=0.5, scale="unbiased"):
 
     Bounds that are not symmetric have the quantile (c_h - 1) / (c_h - c_l) for the median (Corollary 4.7, lambda -> 0).
     """
-    deviations = rewards - rewards.mean(-1, keepdim=True)  # of equal rewards a rounding error, which is made 0
+    deviations = rewards - rewards.mean(-1, keepdim=True)  # equal rewards leave a rounding error: 0
     deviations = deviations.where(rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True), 0.0)
     median_deviations = rewards - rewards.quantile(quantile, dim=-1, keepdim=True)
     divisor = {
@@ -205,7 +205,7 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
     return ratio_low + (ratio_high - ratio_low) * torch.sigmoid(median_advantage / temperature - math.log(c))
 
 
-def exact_median(advantages, ratio_low, ratio_high, temperature):
+def exact_baseline(advantages, ratio_low, ratio_high, temperature):
     """The baseline over which a group's targets average to 1, as Corollary 4.7 demands, by bisection: [P, G] -> [P, 1].
 
     Over the plain median they do not where several rewards are equal to it (Remark 4.3), as 0/1 rewards are.
@@ -233,13 +233,11 @@ def token_weights(mask, aggregation, responses, tokens, max_length):
 
 
 def minibatch_loss(model, batch, args):
-    """A micro-batch's share of the objective [] and of statistics [], and its ratios: tensors [B, T], [B] -> [B, T]"""
+    """One micro-batch's share of a minibatch's objective [] and statistics [], and its ratios [B, T]."""
     log_probs, entropy = token_log_probs(model, batch, args.sampling_temperature, entropy_gradient=args.ent_coef > 0)
     log_ratio = (log_probs - batch["old_log_probs"]).clamp(-20, 20)
     ratio, (low, high) = log_ratio.exp(), ratio_bounds(args)
-    median_advantage = batch["median_advantages"][:, None].double()  # in float32 a target of 1 may be rounded
-    target = target_ratio(median_advantage, low, high, args.target_temperature).to(ratio.dtype)
-    loss = policy_loss(ratio, target, batch["advantages"][:, None], args.tv_coef)
+    loss = policy_loss(ratio, batch["targets"][:, None], batch["advantages"][:, None], args.tv_coef)
     mean = batch["mask"] / batch["tokens"]
     stats = {
         "clip_ratio/region_mean": (mean * ((ratio < low) | (ratio > high))).sum(),
@@ -305,7 +303,7 @@ def make_model(args, device):
             raise BadInput(f"{args.model} has no layers to recompute: leave out --gradient-checkpointing")
         for layer in layers:
             layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    return model.to(device).eval(), tokenizer  # eval: no dropout, while learning neither
+    return model.to(device).eval(), tokenizer  # eval: no dropout, not even while learning
 
 
 def load_model(args):
@@ -366,7 +364,7 @@ def warm_up(model, tokenizer, problems, args):
 
 
 def sample_tokens(logits, uniforms, temperature, top_p):
-    """Tokens [B] drawn from logits [B, V] by inverting the cumulative distribution at uniforms [B]."""
+    """Tokens [B] drawn from logits [B, vocabulary] by inverting the cumulative distribution at uniforms [B]."""
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         probs, order = probs.sort(-1, descending=True)
@@ -439,7 +437,7 @@ def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, 
 
 
 def stop_tokens(model, tokenizer, args):
-    """Tokens that end a completion, of the tokenizer, the model's generation config and --stop. BadInput."""
+    """Tokens that end a completion: of the tokenizer, the model's generation config and --stop, or BadInput."""
     more = model.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
     for text in args.stop:
@@ -486,8 +484,8 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
         "lengths": torch.tensor([len(x) for x in completions]).double(),
         "truncated": torch.tensor([x[-1] not in stop_ids for x in completions]).double(),
     }
-    rows = [slice(i * copies, (i + 1) * copies) for i in range(len(problems))]
-    return [{"problem": x} | {name: y[own] for name, y in columns.items()} for x, own in zip(problems, rows)]
+    slices = [slice(i * copies, (i + 1) * copies) for i in range(len(problems))]
+    return [{"problem": x} | {name: y[rows] for name, y in columns.items()} for x, rows in zip(problems, slices)]
 
 
 # --- problems and rewards
@@ -607,8 +605,8 @@ def make_problems(args, tokenizer):
 WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {ord("−"): "-"}  # full-width characters
 TEXT = r"\\(?:text|math|mbox)(?:rm|bf|it)? ?"
 # What follows a number without being its unit: words for numbers, and variables.
-NO_UNIT = r"[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fourth|fifth|tenth"
-NO_UNIT = rf"(?:.*[ ./])?(?:{NO_UNIT}|(?:[a-fikx-z]|pi|or|and|mod|base)\b)"
+NUMERAL = r"[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fourth|fifth|tenth"
+NO_UNIT = rf"(?:.*[ ./])?(?:{NUMERAL}|(?:[a-fikx-z]|pi|or|and|mod|base)\b)"
 BARE_UNIT = "[cmk]m|kg|degrees?|dollars?|cents?|units?|inches|feet|miles?|hours?|minutes?|days?|years?"
 UNIT = rf"{TEXT}\{{ ?(?!{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
 PLAIN = [
@@ -726,12 +724,14 @@ def reward_keywords(groups):
     """What TRL passes to a reward function: lists with an entry per completion, of messages if the prompt is."""
     problems = [group["problem"] for group in groups for _ in group["texts"]]
     texts = [text for group in groups for text in group["texts"]]
-    chats = [[{"role": "assistant", "content": text}] for text in texts]
     names = {name for problem in problems for name in problem["row"]} - {"prompt", "completion"}
     columns = {name: [problem["row"].get(name) for problem in problems] for name in names}
     return columns | {
         "prompts": [problem["prompt"] for problem in problems],
-        "completions": [y if isinstance(x["prompt"], list) else text for x, y, text in zip(problems, chats, texts)],
+        "completions": [
+            [{"role": "assistant", "content": text}] if isinstance(problem["prompt"], list) else text
+            for problem, text in zip(problems, texts)
+        ],
         "completion_ids": [ids for group in groups for ids in group["completions"]],
     }
 
@@ -840,10 +840,11 @@ def draw_groups(sampler, problems, drawn, args):
         rewards, stats = true_rewards(groups, args), {}
     stats |= {"reward": rewards, "length": torch.stack([group["lengths"] for group in groups])}
     stats["completions/clipped_ratio"] = torch.stack([group["truncated"] for group in groups])
-    for group, own in zip(groups, rewards):
-        group["rewards"] = own
+    for group, reward in zip(groups, rewards):
+        group["rewards"] = reward
         for name in group.keys() - {"problem"}:
             group[name] = group[name][: args.group_size]  # of all votes
+    # in the order of the prompts again, of which each process has every WORLD_SIZE-th
     return groups, {name: torch.stack(gather(x), 1).flatten(0, 1) for name, x in stats.items()}
 
 
@@ -865,23 +866,24 @@ def make_minibatches(model, reference, groups, args):
     rewards, (low, high) = torch.stack([group["rewards"] for group in groups]), ratio_bounds(args)
     advantages, median_advantages = group_advantages(rewards, (high - 1) / (high - low), args.scale_rewards)
     if args.baseline == "exact":
-        median_advantages = advantages - exact_median(advantages, low, high, args.target_temperature)
-    for group, advantage, median_advantage in zip(groups, advantages, median_advantages):
-        group |= {"advantages": advantage, "median_advantages": median_advantage}
+        median_advantages = advantages - exact_baseline(advantages, low, high, args.target_temperature)
+    targets = target_ratio(median_advantages, low, high, args.target_temperature)
+    for group, advantage, target in zip(groups, advantages, targets):
+        group |= {"advantages": advantage, "targets": target}
     size = args.minibatch_prompts // WORLD_SIZE
     return [make_minibatch(model, reference, groups[i : i + size], args) for i in range(0, len(groups), size)]
 
 
 @torch.no_grad()
 def make_minibatch(model, reference, groups, args):
-    """A list of micro-batches, dicts of tensors [B, T] and [B].
+    """A list of micro-batches: tensors [B, T] and [B], left_padded, and tokens, the minibatch's count.
 
     The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1: GBPO's
     loss has its kink there, and noise would turn into gradient.
     """
     prompts = [group["problem"]["ids"] for group in groups for _ in group["completions"]]
     completions, sampled = ([x for group in groups for x in group[name]] for name in ("completions", "log_probs"))
-    names = ("truncated", "advantages", "median_advantages")
+    names = ("truncated", "advantages", "targets")
     columns = {name: torch.cat([group[name] for group in groups]).float() for name in names}
     keep = 1 - columns.pop("truncated") * args.mask_truncated
     tokens = max(1.0, sum(gather((keep * torch.tensor([len(x) for x in completions])).sum().item())))
@@ -914,15 +916,15 @@ class Learner:
         self.masters = [x.detach().float() for x in self.weights]
         self.optimizer = torch.optim.Adam(self.masters, lr=args.learning_rate, fused=True)
 
-    def learning_rate(self, step):
-        """That of the next gradient step, at this many completions."""
-        done = step / self.args.total_timesteps
+    def learning_rate(self, completions):
+        """That of the next gradient step, after so many completions."""
+        done = completions / self.args.total_timesteps
         schedule = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
         warmup = min(1, (self.updates + 1) / max(1, self.args.lr_warmup))
         return self.args.learning_rate * warmup * schedule[self.args.lr_schedule]
 
-    def step(self, learning_rate):
-        """A step along all processes' gradients; returns their norm [] before it is clipped."""
+    def step(self, completions):
+        """A step along all processes' gradients, after so many completions; their norm [] before it is clipped."""
         for weight, master in zip(self.weights, self.masters):
             master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()  # None: not used
             weight.grad = None
@@ -931,7 +933,7 @@ class Learner:
             elif WORLD_SIZE > 1:
                 dist.all_reduce(master.grad)
         norm = full(nn.utils.clip_grad_norm_(self.masters, self.args.max_grad_norm))
-        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(completions)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.copy_to_model()
@@ -957,7 +959,7 @@ class Learner:
         self.copy_to_model()
 
 
-def update(model, learner, minibatches, step, generator, args):
+def update(model, learner, minibatches, completions, generator, args):
     """Epochs of gradient steps: the statistics' means, and the last epoch's ratios [tokens], each before its step."""
     totals = Counter()
     for _ in range(args.update_epochs):
@@ -968,14 +970,14 @@ def update(model, learner, minibatches, step, generator, args):
                 loss.backward()
                 ratios.append(ratio.detach().flatten())
                 masks.append(batch["mask"].flatten())
-                totals.update({name: x.detach() for name, x in stats.items()})
-            learning_rate = learner.learning_rate(step)
-            totals["grad_norm"] += learner.step(learning_rate) / WORLD_SIZE  # of which the sum is taken below
+                totals.update({name: x.detach() for name, x in stats.items()})  # adds
+            totals["grad_norm"] += learner.step(completions) / WORLD_SIZE  # of which the sum is taken below
     sums = torch.stack(list(totals.values()))
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = sums / (args.update_epochs * len(minibatches))
-    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))  # choosing waits for a GPU: once
+    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))  # [mask] waits for the GPU: once
+    learning_rate = learner.optimizer.param_groups[0]["lr"]
     return dict(zip(totals, means.tolist())) | {"learning_rate": learning_rate}, ratios
 
 
@@ -1042,11 +1044,11 @@ def train(args):
             start, drawn = time.perf_counter(), run.step // num_samples(args)  # prompts so far
             groups, stats = rollout(sampler, problems, drawn, args)
             minibatches = make_minibatches(model, reference, groups, args)
-            middle, step = time.perf_counter(), run.step + stats["reward"].numel()
+            sampled, step = time.perf_counter(), run.step + stats["reward"].numel()
             generator = make_generator("minibatches", args.seed, step // num_samples(args))
             losses, ratios = update(model, learner, minibatches, run.step, generator, args)
             metrics = losses | measure(stats, ratios, args)
-            seconds = {"time/rollout": middle - start, "time/update": time.perf_counter() - middle}
+            seconds = {"time/rollout": sampled - start, "time/update": time.perf_counter() - sampled}
             metrics |= seconds | {"tokens_per_second": stats["length"].sum().item() / sum(seconds.values())}
             run.log(step, metrics, stats, groups)
             iteration = learner.updates // (args.update_epochs * len(minibatches))
@@ -1161,7 +1163,7 @@ def save_model(model, tokenizer, folder):
 class Run(ExitStack):
     """A run's folder, new or resumed: lock, settings, logs and checkpoints; the progress line; stop signals.
 
-    The first process writes; all take part in checkpoints.
+    The first process writes; all take part in checkpoints. step counts the completions sampled so far.
     """
 
     def __init__(self, args):

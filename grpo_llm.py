@@ -85,15 +85,15 @@ class Args:
     model: Name | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
     chat_template: bool = False  # wrap prompts in the tokenizer's chat template
     system_prompt: str | None = None  # system message of the chat template
-    # 1 for the right number: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
+    # 1 for the right answer: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
     reward: Literal["exact", "boxed", "majority"] = "exact"
     reward_fn: tuple[str, ...] = ()  # module:function or path.py:function, in place of --reward; called as by TRL
     reward_weights: tuple[float, ...] = ()  # of several functions, whose rewards are added; default: 1 each
     num_votes: PositiveInt = 64  # completions that vote; the first --group-size are trained on
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of initial weights, prompts, samples and minibatches
     total_timesteps: Count = 81_920  # completions to sample for training; 0: evaluate only
-    num_prompts: PositiveInt = 64  # prompts per iteration, of all processes, P
-    group_size: Annotated[int, Field(ge=2)] = 8  # completions per prompt, G
+    num_prompts: PositiveInt = 64  # prompts per iteration, of all processes
+    group_size: Annotated[int, Field(ge=2)] = 8  # completions per prompt
     minibatch_prompts: PositiveInt = 16  # prompts (whole groups) per gradient step, of all processes
     update_epochs: PositiveInt = 1  # passes over the rollout per iteration
     learning_rate: Positive = 3e-4  # Adam's step size, at the start if it is scheduled
@@ -113,7 +113,7 @@ class Args:
     # divide by the group's std + 1e-6 with n - 1 (TRL adds 1e-4), by sqrt(var + 1e-6) with n, or not (dr_grpo)
     scale_rewards: Literal["unbiased", "biased", "none"] = "unbiased"
     resample_rounds: Count = 10  # dapo: draws of new prompts for groups of equal rewards, at most
-    mask_truncated: bool = False  # leave completions that were cut off out of the loss
+    mask_truncated: bool = False  # leave cut-off completions out of the loss, not out of their group's statistics
     kl_coef: NonNegative = 0.0  # weight of the KL divergence to the initial model (k3 estimate)
     ent_coef: NonNegative = 0.0  # weight of the entropy bonus
     # the built-in model is taught until its samples are right this often
@@ -163,7 +163,7 @@ class Args:
         return self
 
 
-# --- the algorithm
+# --- the algorithm: P prompts, G completions of each (V, if they vote), B rows of T tokens
 
 
 def ratio_bounds(args):
@@ -175,7 +175,7 @@ def ratio_bounds(args):
 
 def group_advantages(rewards, scale="unbiased"):
     """Advantages over each group's mean, Eq. 91 (biased: Eq. 90, none: Eq. 98): rewards[P, G] -> [P, G]"""
-    deviations = rewards - rewards.mean(-1, keepdim=True)  # of equal rewards a rounding error, which is made 0
+    deviations = rewards - rewards.mean(-1, keepdim=True)  # equal rewards leave a rounding error: 0
     deviations = deviations.where(rewards.amax(-1, keepdim=True) > rewards.amin(-1, keepdim=True), 0.0)
     divisor = {
         "unbiased": rewards.std(-1, keepdim=True) + 1e-6,
@@ -231,7 +231,7 @@ def token_weights(mask, aggregation, responses, tokens, max_length):
 
 
 def minibatch_loss(model, batch, args):
-    """A micro-batch's share of the objective [] and of statistics [], and its ratios: tensors [B, T], [B] -> [B, T]"""
+    """One micro-batch's share of a minibatch's objective [] and statistics [], and its ratios [B, T]."""
     log_probs, entropy = token_log_probs(model, batch, args.sampling_temperature, entropy_gradient=args.ent_coef > 0)
     log_ratio = (log_probs - batch["old_log_probs"]).clamp(-20, 20)
     ratio, (low, high) = log_ratio.exp(), ratio_bounds(args)
@@ -304,7 +304,7 @@ def make_model(args, device):
             raise BadInput(f"{args.model} has no layers to recompute: leave out --gradient-checkpointing")
         for layer in layers:
             layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    return model.to(device).eval(), tokenizer  # eval: no dropout, while learning neither
+    return model.to(device).eval(), tokenizer  # eval: no dropout, not even while learning
 
 
 def load_model(args):
@@ -365,7 +365,7 @@ def warm_up(model, tokenizer, problems, args):
 
 
 def sample_tokens(logits, uniforms, temperature, top_p):
-    """Tokens [B] drawn from logits [B, V] by inverting the cumulative distribution at uniforms [B]."""
+    """Tokens [B] drawn from logits [B, vocabulary] by inverting the cumulative distribution at uniforms [B]."""
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         probs, order = probs.sort(-1, descending=True)
@@ -438,7 +438,7 @@ def generate_vllm(engine, model, prompts, copies, limit, stop_ids, temperature, 
 
 
 def stop_tokens(model, tokenizer, args):
-    """Tokens that end a completion, of the tokenizer, the model's generation config and --stop. BadInput."""
+    """Tokens that end a completion: of the tokenizer, the model's generation config and --stop, or BadInput."""
     more = model.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])} - {None}
     for text in args.stop:
@@ -485,8 +485,8 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
         "lengths": torch.tensor([len(x) for x in completions]).double(),
         "truncated": torch.tensor([x[-1] not in stop_ids for x in completions]).double(),
     }
-    rows = [slice(i * copies, (i + 1) * copies) for i in range(len(problems))]
-    return [{"problem": x} | {name: y[own] for name, y in columns.items()} for x, own in zip(problems, rows)]
+    slices = [slice(i * copies, (i + 1) * copies) for i in range(len(problems))]
+    return [{"problem": x} | {name: y[rows] for name, y in columns.items()} for x, rows in zip(problems, slices)]
 
 
 # --- problems and rewards
@@ -606,8 +606,8 @@ def make_problems(args, tokenizer):
 WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {ord("−"): "-"}  # full-width characters
 TEXT = r"\\(?:text|math|mbox)(?:rm|bf|it)? ?"
 # What follows a number without being its unit: words for numbers, and variables.
-NO_UNIT = r"[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fourth|fifth|tenth"
-NO_UNIT = rf"(?:.*[ ./])?(?:{NO_UNIT}|(?:[a-fikx-z]|pi|or|and|mod|base)\b)"
+NUMERAL = r"[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fourth|fifth|tenth"
+NO_UNIT = rf"(?:.*[ ./])?(?:{NUMERAL}|(?:[a-fikx-z]|pi|or|and|mod|base)\b)"
 BARE_UNIT = "[cmk]m|kg|degrees?|dollars?|cents?|units?|inches|feet|miles?|hours?|minutes?|days?|years?"
 UNIT = rf"{TEXT}\{{ ?(?!{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
 PLAIN = [
@@ -725,12 +725,14 @@ def reward_keywords(groups):
     """What TRL passes to a reward function: lists with an entry per completion, of messages if the prompt is."""
     problems = [group["problem"] for group in groups for _ in group["texts"]]
     texts = [text for group in groups for text in group["texts"]]
-    chats = [[{"role": "assistant", "content": text}] for text in texts]
     names = {name for problem in problems for name in problem["row"]} - {"prompt", "completion"}
     columns = {name: [problem["row"].get(name) for problem in problems] for name in names}
     return columns | {
         "prompts": [problem["prompt"] for problem in problems],
-        "completions": [y if isinstance(x["prompt"], list) else text for x, y, text in zip(problems, chats, texts)],
+        "completions": [
+            [{"role": "assistant", "content": text}] if isinstance(problem["prompt"], list) else text
+            for problem, text in zip(problems, texts)
+        ],
         "completion_ids": [ids for group in groups for ids in group["completions"]],
     }
 
@@ -839,10 +841,11 @@ def draw_groups(sampler, problems, drawn, args):
         rewards, stats = true_rewards(groups, args), {}
     stats |= {"reward": rewards, "length": torch.stack([group["lengths"] for group in groups])}
     stats["completions/clipped_ratio"] = torch.stack([group["truncated"] for group in groups])
-    for group, own in zip(groups, rewards):
-        group["rewards"] = own
+    for group, reward in zip(groups, rewards):
+        group["rewards"] = reward
         for name in group.keys() - {"problem"}:
             group[name] = group[name][: args.group_size]  # of all votes
+    # in the order of the prompts again, of which each process has every WORLD_SIZE-th
     return groups, {name: torch.stack(gather(x), 1).flatten(0, 1) for name, x in stats.items()}
 
 
@@ -871,7 +874,7 @@ def make_minibatches(model, reference, groups, args):
 
 @torch.no_grad()
 def make_minibatch(model, reference, groups, args):
-    """A list of micro-batches, dicts of tensors [B, T] and [B].
+    """A list of micro-batches: tensors [B, T] and [B], left_padded, and tokens, the minibatch's count.
 
     The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1: GBPO's
     loss has its kink there, and noise would turn into gradient.
@@ -911,15 +914,15 @@ class Learner:
         self.masters = [x.detach().float() for x in self.weights]
         self.optimizer = torch.optim.Adam(self.masters, lr=args.learning_rate, fused=True)
 
-    def learning_rate(self, step):
-        """That of the next gradient step, at this many completions."""
-        done = step / self.args.total_timesteps
+    def learning_rate(self, completions):
+        """That of the next gradient step, after so many completions."""
+        done = completions / self.args.total_timesteps
         schedule = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
         warmup = min(1, (self.updates + 1) / max(1, self.args.lr_warmup))
         return self.args.learning_rate * warmup * schedule[self.args.lr_schedule]
 
-    def step(self, learning_rate):
-        """A step along all processes' gradients; returns their norm [] before it is clipped."""
+    def step(self, completions):
+        """A step along all processes' gradients, after so many completions; their norm [] before it is clipped."""
         for weight, master in zip(self.weights, self.masters):
             master.grad = torch.zeros_like(master) if weight.grad is None else weight.grad.float()  # None: not used
             weight.grad = None
@@ -928,7 +931,7 @@ class Learner:
             elif WORLD_SIZE > 1:
                 dist.all_reduce(master.grad)
         norm = full(nn.utils.clip_grad_norm_(self.masters, self.args.max_grad_norm))
-        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(completions)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.copy_to_model()
@@ -954,7 +957,7 @@ class Learner:
         self.copy_to_model()
 
 
-def update(model, learner, minibatches, step, generator, args):
+def update(model, learner, minibatches, completions, generator, args):
     """Epochs of gradient steps: the statistics' means, and the last epoch's ratios [tokens], each before its step."""
     totals = Counter()
     for _ in range(args.update_epochs):
@@ -965,14 +968,14 @@ def update(model, learner, minibatches, step, generator, args):
                 loss.backward()
                 ratios.append(ratio.detach().flatten())
                 masks.append(batch["mask"].flatten())
-                totals.update({name: x.detach() for name, x in stats.items()})
-            learning_rate = learner.learning_rate(step)
-            totals["grad_norm"] += learner.step(learning_rate) / WORLD_SIZE  # of which the sum is taken below
+                totals.update({name: x.detach() for name, x in stats.items()})  # adds
+            totals["grad_norm"] += learner.step(completions) / WORLD_SIZE  # of which the sum is taken below
     sums = torch.stack(list(totals.values()))
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = sums / (args.update_epochs * len(minibatches))
-    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))  # choosing waits for a GPU: once
+    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))  # [mask] waits for the GPU: once
+    learning_rate = learner.optimizer.param_groups[0]["lr"]
     return dict(zip(totals, means.tolist())) | {"learning_rate": learning_rate}, ratios
 
 
@@ -1039,11 +1042,11 @@ def train(args):
             start, drawn = time.perf_counter(), run.step // num_samples(args)  # prompts so far
             groups, stats = rollout(sampler, problems, drawn, args)
             minibatches = make_minibatches(model, reference, groups, args)
-            middle, step = time.perf_counter(), run.step + stats["reward"].numel()
+            sampled, step = time.perf_counter(), run.step + stats["reward"].numel()
             generator = make_generator("minibatches", args.seed, step // num_samples(args))
             losses, ratios = update(model, learner, minibatches, run.step, generator, args)
             metrics = losses | measure(stats, ratios, args)
-            seconds = {"time/rollout": middle - start, "time/update": time.perf_counter() - middle}
+            seconds = {"time/rollout": sampled - start, "time/update": time.perf_counter() - sampled}
             metrics |= seconds | {"tokens_per_second": stats["length"].sum().item() / sum(seconds.values())}
             run.log(step, metrics, stats, groups)
             iteration = learner.updates // (args.update_epochs * len(minibatches))
@@ -1158,7 +1161,7 @@ def save_model(model, tokenizer, folder):
 class Run(ExitStack):
     """A run's folder, new or resumed: lock, settings, logs and checkpoints; the progress line; stop signals.
 
-    The first process writes; all take part in checkpoints.
+    The first process writes; all take part in checkpoints. step counts the completions sampled so far.
     """
 
     def __init__(self, args):

@@ -80,7 +80,7 @@ FAULTS = {
     ],
     "4 lambda squared": [
         (BPO, "high, args.temperature * scale)\n    pg_loss", "high, args.temperature**2 * scale)\n    pg_loss"),
-        (("gbpo_llm",), "args.target_temperature).to(", "args.target_temperature**2).to("),
+        (("gbpo_llm",), "args.target_temperature)\n    for", "args.target_temperature**2)\n    for"),
         (TABULAR, "expit(median_advantage / temperature", "expit(median_advantage / temperature**2"),
     ],
     "4b lambda of the trace squared": [(CONTROL, "gamma * gae_lambda *", "gamma * gae_lambda**2 *")],

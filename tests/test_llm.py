@@ -100,13 +100,12 @@ def test_over_the_exact_baseline_every_groups_targets_average_to_one(rewards, bo
         monkeypatch.setattr(gbpo, "make_minibatch", lambda model, reference, groups, args: kept.extend(groups))
         gbpo.make_minibatches(None, None, groups, args)
     for group in kept:
-        target = gbpo.target_ratio(group["median_advantages"].float().double(), *bounds, temperature)
-        assert target.mean().item() == pytest.approx(1, abs=1e-6)
+        assert group["targets"].float().mean().item() == pytest.approx(1, abs=1e-6)
 
 
 def test_the_exact_target_of_0_1_rewards_takes_from_the_majority_what_the_minority_gets():
     advantages = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, 0.5, -1.5], [0.0, 0, 0, 0]]).double()
-    target = gbpo.target_ratio(advantages - gbpo.exact_median(advantages, 0.8, 1.2, 1e-4), 0.8, 1.2, 1e-4)
+    target = gbpo.target_ratio(advantages - gbpo.exact_baseline(advantages, 0.8, 1.2, 1e-4), 0.8, 1.2, 1e-4)
     expected = [[1.2, *[1 - 0.2 / 3] * 3], [*[1 + 0.2 / 3] * 3, 0.8], [1.0] * 4]  # 1 - eps p / (1 - p) for a minority
     assert target.flatten().tolist() == pytest.approx(sum(expected, []), abs=1e-9)
 
@@ -115,10 +114,13 @@ def test_the_exact_target_of_0_1_rewards_takes_from_the_majority_what_the_minori
 def test_the_majority_is_held_at_a_ratio_of_exactly_one(low, high, monkeypatch):
     """In float32, too, and whatever the bounds: at ratio 1 the majority's share of the loss is 0, not a rounding."""
     args = gbpo.Args(ratio_low=low, ratio_high=high)
+    kept = []
+    monkeypatch.setattr(gbpo, "make_minibatch", lambda model, reference, groups, args: kept.extend(groups))
+    gbpo.make_minibatches(None, None, [{"rewards": torch.tensor([1.0] * 19 + [0.0]).double()}], args)
     log_probs = torch.full((1, 3), -0.5, requires_grad=True)
     monkeypatch.setattr(gbpo, "token_log_probs", lambda *_, **__: (log_probs, torch.zeros(1, 3)))
     batch = {"mask": torch.ones(1, 3), "weights": torch.ones(1, 3), "tokens": 3.0, "old_log_probs": log_probs.detach()}
-    batch |= {"advantages": torch.ones(1), "median_advantages": torch.zeros(1)}
+    batch |= {"advantages": torch.ones(1), "targets": kept[0]["targets"][:1].float()}
     loss, _, ratios = gbpo.minibatch_loss(None, batch, args)
     assert (ratios == 1).all() and loss == 0 and loss.dtype == torch.float32
 
@@ -126,7 +128,7 @@ def test_the_majority_is_held_at_a_ratio_of_exactly_one(low, high, monkeypatch):
 # --- objectives
 
 
-def random_batch(seed, rows=6, length=5):
+def random_batch(seed, args, rows=6, length=5):
     """A micro-batch in float64 with padding, ratios on both sides of the bounds, and every kind of advantage."""
     generator = torch.Generator().manual_seed(seed)
     log_probs = -torch.rand(rows, length, generator=generator, dtype=torch.float64) * 3
@@ -139,6 +141,8 @@ def random_batch(seed, rows=6, length=5):
     medians = torch.tensor([1e-4, -2e-4, 0.0, 0.5, -0.5, 5e-5]).double()
     batch = {"mask": mask, "old_log_probs": old, "ref_log_probs": reference, "tokens": mask.sum().item() + 4}
     entropy = torch.rand(rows, length, generator=generator, dtype=torch.float64)
+    args = args if isinstance(args, gbpo.Args) else gbpo.Args()
+    batch["targets"] = gbpo.target_ratio(medians, *gbpo.ratio_bounds(args), args.target_temperature)
     return log_probs.requires_grad_(), entropy, batch | {"advantages": advantages, "median_advantages": medians}
 
 
@@ -193,7 +197,7 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
     own = {} if objective == "gbpo" else {"objective": objective}
     args = script.Args(**own, **overrides, max_completion_length=7)
     for seed in range(3):
-        log_probs, entropy, batch = random_batch(seed)
+        log_probs, entropy, batch = random_batch(seed, args)
         aggregation = args.aggregation if objective == "gbpo" else script.AGGREGATIONS[objective]
         batch["weights"] = script.token_weights(batch["mask"], aggregation, 9, batch["tokens"], 7)
         monkeypatch.setattr(script, "token_log_probs", lambda *_, x=(log_probs, entropy), **__: x)
@@ -219,7 +223,7 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
 
 @SCRIPTS
 def test_a_token_that_the_old_policy_all_but_excluded_leaves_the_loss_finite(script, monkeypatch):
-    log_probs, entropy, batch = random_batch(0)
+    log_probs, entropy, batch = random_batch(0, None)
     batch["old_log_probs"] = log_probs.detach() - 800  # a ratio of exp(800) would be inf
     batch["weights"] = script.token_weights(batch["mask"], "token", 9, batch["tokens"], 7)
     monkeypatch.setattr(script, "token_log_probs", lambda *_, **__: (log_probs, entropy))
@@ -234,7 +238,7 @@ def test_the_kl_estimate_is_clamped_as_in_verl(script, monkeypatch):
     log_probs = torch.tensor([[-95.0, -1.0, -0.5]], requires_grad=True)
     batch = {"mask": torch.ones(1, 3), "weights": torch.ones(1, 3) / 3, "tokens": 3.0}
     batch |= {"old_log_probs": log_probs.detach(), "ref_log_probs": torch.tensor([[-0.1, -0.5, -95.0]])}
-    batch |= {"advantages": torch.zeros(1), "median_advantages": torch.zeros(1)}
+    batch |= {"advantages": torch.zeros(1), "targets": torch.ones(1)}
     monkeypatch.setattr(script, "token_log_probs", lambda *_, **__: (log_probs, torch.zeros(1, 3)))
     loss, stats, _ = script.minibatch_loss(None, batch, script.Args(kl_coef=1.0))
     expected = (10 + (math.exp(0.5) - 0.5 - 1) + 10) / 3  # the last: exp(-20) + 20 - 1, clamped

@@ -82,7 +82,7 @@ def test_siblings_share_all_but_the_algorithm(ppo, bpo):
 
 def test_siblings_for_language_models_share_all_but_the_algorithm():
     theirs, ours = map(definitions, PAIRS[3])
-    assert set(ours) - set(theirs) == {"target_ratio", "policy_loss", "exact_median"}
+    assert set(ours) - set(theirs) == {"target_ratio", "policy_loss", "exact_baseline"}
     losses = {f"{name}_loss" for name in ("grpo", "gspo", "sapo")}
     assert set(theirs) - set(ours) == losses | {"mean_log_ratio"}
     assert {name for name in ours if name in theirs and ours[name] != theirs[name]} == set(OF_LANGUAGE.split())
