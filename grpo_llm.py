@@ -637,6 +637,7 @@ def plain(text):
     return text.strip()
 
 
+@functools.lru_cache(10_000)
 def parse_number(text):
     """The number that the text is, or None: -1,000, 0.5, 3/4, \\frac34, 1\\,000, x=5, 5\\text{ cm}, 50\\%, \\$5."""
     match = NUMBER.fullmatch(plain(text)) if len(text) <= 200 else None

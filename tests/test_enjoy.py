@@ -338,7 +338,13 @@ def test_what_only_envpool_has_cannot_be_filmed():
         enjoy.open_camera(SimpleNamespace(script=bpo, args=bpo.Args(env_id="HopperHop-v1")), 0)
 
 
-@pytest.mark.parametrize("env_id, first", [("Go1JoystickRoughTerrain-v1", 45), ("G1JoystickRoughTerrain-v1", 9)])
+@pytest.mark.parametrize(
+    "env_id, first",
+    [
+        ("Go1JoystickRoughTerrain-v1", 45),
+        pytest.param("G1JoystickRoughTerrain-v1", 9, marks=pytest.mark.slow),
+    ],
+)
 def test_a_robot_is_told_where_to_go(env_id, first):
     run = SimpleNamespace(script=bpo_locomotion, args=bpo_locomotion.Args(env_id=env_id))
     assert enjoy.find_command(run) == first
@@ -348,7 +354,7 @@ def test_a_robot_is_told_where_to_go(env_id, first):
     assert (steered != obs).sum() == 6
 
 
-@pytest.mark.parametrize("env_id", ["H1JoystickGaitTracking-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("env_id", [pytest.param("H1JoystickGaitTracking-v1", marks=pytest.mark.slow), "Pendulum-v1"])
 def test_a_robot_without_a_command_cannot_be_told(env_id):
     with pytest.raises(ValueError, match=f"--command: {env_id} shows no command"):
         enjoy.find_command(SimpleNamespace(script=bpo_locomotion, args=bpo_locomotion.Args(env_id=env_id)))

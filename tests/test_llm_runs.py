@@ -449,13 +449,12 @@ def test_a_disk_that_is_full_when_the_model_is_saved_ends_with_one_line(saver, w
     assert resume(gbpo, run_dir) == str(run_dir) and (run_dir / "model").exists()
 
 
-@SCRIPTS
-def test_tracking_without_an_account_is_one_line(script, untaught, tmp_path, monkeypatch):
+def test_tracking_without_an_account_is_one_line(untaught, tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     asked = []
     monkeypatch.setattr("wandb.login", lambda **options: asked.append(options))  # returns None: no key is known
-    with pytest.raises(script.BadInput, match="--track needs an account: .* WANDB_MODE=offline"):
-        train(script, tmp_path / "out", **untaught, track=True)
+    with pytest.raises(gbpo.BadInput, match="--track needs an account: .* WANDB_MODE=offline"):
+        train(gbpo, tmp_path / "out", **untaught, track=True)
     assert asked == [{"prompt": False}] and not list(tmp_path.iterdir())
 
 
@@ -600,10 +599,9 @@ def test_any_column_of_a_dataset_may_come_along(run, tmp_path):
     assert [row["step"] for row in rows] == [8, 8, 16, 16] and rows[0]["when"] == "2024-01-02 00:00:00"
 
 
-@SCRIPTS
-def test_completions_that_were_all_cut_off_teach_nothing_and_stop_nothing(script, run, tmp_path):
+def test_completions_that_were_all_cut_off_teach_nothing_and_stop_nothing(run, tmp_path):
     settings = dict(model=str(run / "model"), max_completion_length=1, mask_truncated=True, total_timesteps=64)
-    rows = read(train(script, tmp_path, **settings) / "metrics.csv")
+    rows = read(train(gbpo, tmp_path, **settings) / "metrics.csv")
     assert rows[0]["completions/clipped_ratio"] == 1 and rows[0]["loss"] == rows[0]["grad_norm"] == 0
     assert rows[0]["ratio/max"] == rows[0]["ratio/min"] == 1 and rows[0]["ratio/out_of_bounds"] == 0
 
@@ -622,18 +620,17 @@ def test_dropout_is_off_while_gradient_checkpointing_recomputes(script, run, tmp
         assert row["ratio/min"] == row["ratio/max"] == 1  # one step an iteration: measured before it
 
 
-@SCRIPTS
-def test_weights_that_take_no_part_stay_as_they_are(script, untaught, tmp_path, monkeypatch):
+def test_weights_that_take_no_part_stay_as_they_are(untaught, tmp_path, monkeypatch):
     """As those of the part for images of a model that reads both: they get no gradient."""
-    make_model = script.make_model
+    make_model = gbpo.make_model
 
     def with_more(*args):
         model, tokenizer = make_model(*args)
         model.unused = torch.nn.Parameter(torch.ones(3))
         return model, tokenizer
 
-    monkeypatch.setattr(script, "make_model", with_more)
-    run_dir = train(script, tmp_path, **untaught, total_timesteps=64)
+    monkeypatch.setattr(gbpo, "make_model", with_more)
+    run_dir = train(gbpo, tmp_path, **untaught, total_timesteps=64)
     masters = torch.load(run_dir / "checkpoint.pt", weights_only=True)["learner"]["parameters"]
     assert [x.tolist() for x in masters if x.shape == (3,)] == [[1, 1, 1]]
 
