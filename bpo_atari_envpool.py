@@ -292,8 +292,8 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al., 2015), bootstrapping through truncation.
 
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
-    values[t+1] must be the value of the observation that step t returned, also where an episode ended. What a dummy
-    step's row holds reaches no other row.
+    values[t+1] must be the value of the observation that step t returned, also where an episode ended. A dummy step's
+    own advantage is meaningless, and the cut keeps it from the step before.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)

@@ -627,7 +627,6 @@ BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # three m
 BOX = re.compile(rf"\s{{0,3}}(?:{BRACES}|([0-9.,/+-]{{0,40}}[0-9]))")
 
 
-@functools.lru_cache(10_000)
 def plain(text):
     """An answer without its typography, its unit and the variable that it is the value of."""
     text = text.translate(WIDE)
@@ -977,7 +976,7 @@ def update(model, learner, minibatches, completions, generator, args):
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = sums / (args.update_epochs * len(minibatches))
-    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))  # [mask] waits for the GPU: once
+    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))  # a mask waits for the GPU: once
     learning_rate = learner.optimizer.param_groups[0]["lr"]
     return dict(zip(totals, means.tolist())) | {"learning_rate": learning_rate}, ratios
 

@@ -129,7 +129,7 @@ def curve(steps, returns, grid):
 def make_curves(tables, grid):
     """A run's points: a table of steps and figures. A language model's are its evaluations or its votes."""
     table = tables["metrics"]
-    if "ttrl/label_accuracy" in table:  # labels by majority: every iteration says how good they and the votes are
+    if "ttrl/label_accuracy" in table:  # labels by majority: every iteration measures them
         names = {f"ttrl/{x}": x for x in ("ground_truth_ratio", "label_accuracy")} | {"ratio/max": "ratio_max"}
         return table[["step", *names]].rename(columns=names).astype({"step": int})
     if "evaluations" in tables:
@@ -544,7 +544,7 @@ def main(args):
     if args.interval is not None and args.interval < 1:
         stop("--interval must be at least 1")
     matplotlib.use("Agg")
-    warnings.simplefilter("ignore", DegenerateDataWarning)
+    warnings.simplefilter("ignore", DegenerateDataWarning)  # of missing figures
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     np.random.seed(0)  # rliable draws from this generator, whatever random_state it is given
     curves, summary, settings = collect(args)

@@ -64,11 +64,11 @@ def make_robot_run(folder, script, seed, returns, task="Go1-v1", **settings):
     return folder
 
 
-def run_report(*arguments, interval=50):
+def run_report(*arguments, interval=50, draws=100):
     """What the command prints, and its exit status; in this process, as imports take longer than all else."""
     output, errors, status = io.StringIO(), io.StringIO(), 0
     words = [*(["--interval", interval] if interval else []), *arguments]
-    few_draws = patch.object(report, "DRAWS", 100)
+    few_draws = patch.object(report, "DRAWS", draws)
     with few_draws, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
             report.main(tyro.cli(report.Args, args=list(map(str, words))))
@@ -140,11 +140,13 @@ def test_report_of_a_suite_compares_its_variants(tmp_path):
             name = f"{variant}__{task.replace('/', '-')}__{seed}"
             args = dict(env_id=task, seed=seed, total_timesteps=1_000_000)
             make_run(tmp_path / "suite" / name / f"run{seed}", script, f"5,{value},5\n", **args)
-    done = run_report(tmp_path / "suite", "--output", tmp_path / "out", interval=500_000)
+    done = run_report(tmp_path / "suite", "--output", tmp_path / "out", interval=500_000, draws=report.DRAWS)
     assert (done.returncode, done.stderr) == (0, "")
     table = (tmp_path / "out" / "table.md").read_text()
     assert table == done.stdout
-    assert "| Hopper-v4 | mine | 3 | 1000000 | 50.0 (3" in table and " | 20.0 | - | 0% | 30.0, " in table
+    assert (
+        "| Hopper-v4 | mine | 3 | 1000000 | 50.0 (30.0 to 70.0) | 50.0 (30.0 to 70.0) | 20.0 | - | 0% | 30.0, " in table
+    )
     assert (
         "| B/c-v0 | base | 4 | 1000000 | 190 (170 to 200) | 200 (" in table
         and " | 160 | - | 200, 200, 200, 160 |" in table
