@@ -233,6 +233,7 @@ RUNS |= dict(
     reference_atari=1,
     paper_figure6_ttrl=60,
     paper_figure6_border=27,
+    exact_baseline=30,
 )
 
 
