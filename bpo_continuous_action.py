@@ -31,7 +31,6 @@ import sys
 import sysconfig
 import time
 import zipfile
-from collections import deque
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -307,8 +306,7 @@ def make_envs(args, num_envs, key):
                 close = difflib.get_close_matches(args.env_id, known, 3) or ["--env-backend gymnasium"]
                 raise ValueError(f"it has no such task, did you mean {', '.join(close)}?")
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            sizes = dict(num_envs=num_envs, num_threads=min(num_envs, cores))
-            envs = envpool.make(args.env_id, env_type="gymnasium", seed=seeds, **sizes)
+            envs = envpool.make_gymnasium(args.env_id, num_envs=num_envs, num_threads=min(num_envs, cores), seed=seeds)
         else:
             envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="sync")
             envs.reset(seed=seeds)
@@ -364,16 +362,15 @@ def collect(agent, envs, state, args):
         rewards[t] = reward * valid[t]
         state.done = terminated[t] | truncated[t]
         state.step += int(valid[t].sum())
-        state.returns += rewards[t]
-        state.lengths += valid[t]
+        state.totals += rewards[t], valid[t]
         for n in state.done.nonzero()[0]:
-            episodes.append((state.step, float(state.returns[n]), int(state.lengths[n])))
-            state.returns[n] = state.lengths[n] = 0
+            episodes.append((state.step, *state.totals[:, n].tolist()))
+            state.totals[:, n] = 0
         require_finite(reward, "a reward", args)
         require_finite(state.obs, "an observation", args)
     obs[-1] = torch.from_numpy(state.obs)
-    rollout = dict(rewards=rewards, valid=valid, terminated=terminated, truncated=truncated)
-    return {name: torch.from_numpy(x) for name, x in rollout.items()} | dict(obs=obs, actions=actions), episodes
+    rollout = dict(obs=obs, actions=actions, rewards=rewards, valid=valid, terminated=terminated, truncated=truncated)
+    return {name: torch.as_tensor(x) for name, x in rollout.items()}, episodes
 
 
 @torch.no_grad()
@@ -470,8 +467,8 @@ def train(args):
         optimizer = make_optimizer(agent, args)
         run.begin(agent=agent, optimizer=optimizer)  # restores both, or makes the folder: all is known to fit by now
         lr, gradient_function = optimizer.param_groups[0]["lr"], compiled(minibatch_gradient, args)
-        done, (returns, lengths) = np.zeros(args.num_envs, bool), np.zeros((2, args.num_envs))
-        state = SimpleNamespace(step=run.step, obs=obs, done=done, returns=returns, lengths=lengths)
+        state = SimpleNamespace(step=run.step, obs=obs, done=np.zeros(args.num_envs, bool))
+        state.totals = np.zeros((2, args.num_envs))  # returns and lengths of the episodes under way
         while state.step < args.total_timesteps and not run.stopping:
             if args.lr_schedule == "linear":
                 lr.fill_(args.learning_rate * (1 - state.step / args.total_timesteps))
@@ -483,14 +480,13 @@ def train(args):
             agent.obs_stats.update(rollout["obs"][:-1][rollout["valid"]])  # only now: the update sees what acting saw
             run.log(state.step, episodes, metrics | {"charts/learning_rate": lr.item()})
         envs.close()
-        return run.finish(state.step)
+        return run.finish()
 
 
 # --- running: folders, logs and checkpoints; no algorithm below
 
 FORMAT = 2  # of args.json and checkpoints
-CHECKPOINT = {"agent", "optimizer", "step", "episodes", "rng_state", "log_sizes"}
-CONTENTS = {"agent.pt": {"agent"}, "checkpoint.pt": CHECKPOINT}
+KEYS = {"agent.pt": {"agent"}, "checkpoint.pt": {"agent", "optimizer", "step", "episodes", "rng_state", "log_sizes"}}
 MAY_CHANGE = "total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
 
 
@@ -542,11 +538,10 @@ class Run(ExitStack):
             wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
             self.callback(wandb.finish)
         self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-            number = getattr(signal, name)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
                 self.callback(signal.signal, number, signal.signal(number, self.request_stop))
-        self.episodes, self.first_step = deque(self.saved.get("episodes", ()), maxlen=100), self.step
+        self.episodes, self.first_step = self.saved.get("episodes", []), self.step
         self.start_time = self.line_time = time.time()
         say(f"{args.env_id}, seed {args.seed}: {self.dir}")
         self.save()
@@ -560,9 +555,8 @@ class Run(ExitStack):
         except OSError as error:
             raise BadInput(f"cannot make {self.dir}: {error.strerror}; choose another --output-dir") from None
         self.enter_context(FileLock(self.dir / "lock", timeout=0))
-        git = "git --no-optional-locks describe --always --dirty --abbrev=40".split()
-        settings = dict(cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-        commit = subprocess.run(git, **settings).stdout.strip() if shutil.which("git") else ""
+        git = "git --no-optional-locks describe --always --dirty --abbrev=40 2>/dev/null || true"
+        commit = subprocess.check_output(git, shell=True, text=True, cwd=Path(__file__).resolve().parent).strip()
         modules = {"torch", "gymnasium", "numpy", "envpool", "mjlab", "isaaclab"} & set(sys.modules)
         about = {"format": FORMAT, "script": SCRIPT, "commit": commit, "python": sys.version.split()[0]}
         return about | {"versions": {name: version(name) for name in sorted(modules)}}
@@ -596,26 +590,24 @@ class Run(ExitStack):
                 raise BrokenRun(f"{name} is {value} at step {step}")
         self.step = step
         for end, total, length in episodes:
-            self.episodes.append((total, length))
             self.write("episodes.csv", end, {"return": total, "length": length})
         for end, total, length in episodes[-100:]:  # a point takes 0.1 ms, and thousands of robots may fall at once
             self.writer.add_scalar("charts/episodic_return", total, end)
             self.writer.add_scalar("charts/episodic_length", length, end)
+        self.episodes = (self.episodes + [row[1:] for row in episodes])[-100:]
         mean_return, mean_length = np.mean(self.episodes or [(math.nan, math.nan)], axis=0)
         sps = (step - self.first_step) / (time.time() - self.start_time)
-        charts = {"mean_return_100": mean_return, "mean_length_100": mean_length, "SPS": sps}
-        metrics = metrics | {f"charts/{name}": value for name, value in charts.items()}
+        metrics |= {"charts/mean_return_100": mean_return, "charts/mean_length_100": mean_length, "charts/SPS": sps}
         self.write("metrics.csv", step, metrics)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
-        live, left = os.isatty(1), max(self.args.total_timesteps - step, 0) / sps
-        if live or time.time() - self.line_time > 30:
-            line = f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.4g}, {left:.0f} s left"
-            if live:
-                say(f"{line}    ", end="\r")
-            else:  # a terminal would wrap a robot's terms of the reward
-                terms = "".join(f", {name[8:]} {x:.3g}" for name, x in metrics.items() if name.startswith("rewards/"))
-                say(line + terms)
+        left = max(self.args.total_timesteps - step, 0) / sps
+        line = f"step {step}, {sps:.0f} steps/s, mean return {mean_return:.4g}, {left:.0f} s left"
+        if os.isatty(1):
+            say(f"{line}    ", end="\r")
+        elif time.time() - self.line_time > 30:  # no terminal, which would wrap a robot's terms of the reward
+            terms = "".join(f", {name[8:]} {x:.3g}" for name, x in metrics.items() if name.startswith("rewards/"))
+            say(line + terms)
             self.line_time = time.time()
         if time.time() - self.save_time >= self.args.checkpoint_seconds:
             self.save()
@@ -624,16 +616,15 @@ class Run(ExitStack):
         """Adds a row to a CSV file, after a header if it is the first."""
         file = self.logs[log]
         if file.tell() == 0:
-            file.write(",".join(["step", *row]) + "\n")
-        file.write(",".join([str(step), *(f"{x:.8g}" for x in row.values())]) + "\n")
+            print("step", *row, sep=",", file=file)
+        print(step, *(f"{x:.8g}" for x in row.values()), sep=",", file=file)
 
     def save(self):
         """Writes the checkpoint. BrokenRun, and the last one stays, if a weight is not finite."""
         if not all(x.isfinite().all() for x in self.parts["agent"].parameters()):
             raise BrokenRun(f"a weight is not finite at step {self.step}")
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"step": self.step, "episodes": list(self.episodes), "rng_state": torch.get_rng_state()}
-        state["log_sizes"] = {}
+        state |= {"step": self.step, "episodes": self.episodes, "rng_state": torch.get_rng_state(), "log_sizes": {}}
         self.writer.flush()
         for name, file in self.logs.items():
             file.flush()
@@ -642,9 +633,8 @@ class Run(ExitStack):
         write_atomically(self.dir / "checkpoint.pt", state)
         self.save_time = time.time()
 
-    def finish(self, step):
+    def finish(self):
         """Saves the last checkpoint and, if the run is complete, agent.pt; returns the folder."""
-        self.step = step
         self.save()
         if self.step < self.args.total_timesteps:
             raise SystemExit(self.stop_message())
@@ -671,12 +661,12 @@ def write_atomically(path, content):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         content = buffer.getbuffer()
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())  # else a power cut could leave the new name without the content
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def one_line(error):
@@ -695,7 +685,7 @@ def load_run(run_dir, name):
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
         checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
-        if missing := CONTENTS[name] - set(checkpoint):
+        if missing := KEYS[name] - set(checkpoint):
             raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
         return args, checkpoint
     except Exception as error:  # damaged files raise many kinds

@@ -261,11 +261,11 @@ def token_log_probs(model, batch, temperature, entropy=True, entropy_gradient=Fa
     entropy=False saves memory of the size of all logits.
     """
     length = batch["mask"].shape[1]
-    ids, mask = batch["ids"][:, :-1], batch["attention_mask"][:, :-1]
-    inputs = dict(use_cache=False, logits_to_keep=length)
-    if batch["left_padded"]:  # causal attention sees no padding on the right, and is faster without a mask
-        inputs |= dict(attention_mask=mask, position_ids=positions(mask))
-    log_probs = (model(ids, **inputs).logits.float() / temperature).log_softmax(-1)
+    # Causal attention sees no padding on the right, and is faster without a mask.
+    names = ["attention_mask", "position_ids"] if batch["left_padded"] else []
+    inputs = {name: batch[name][:, :-1] for name in names}
+    logits = model(batch["ids"][:, :-1], **inputs, use_cache=False, logits_to_keep=length).logits
+    log_probs = (logits.float() / temperature).log_softmax(-1)
     chosen = log_probs.gather(-1, batch["ids"][:, -length:, None]).squeeze(-1)
     chosen = chosen.where(batch["mask"] > 0, 0.0)  # of padding it may be -inf
     if not entropy:
@@ -274,20 +274,14 @@ def token_log_probs(model, batch, temperature, entropy=True, entropy_gradient=Fa
     return chosen, -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)  # else 0 times -inf
 
 
-def positions(attention_mask):
-    """Position of each token, counted from the first that is not padding: [B, L] -> [B, L]"""
-    return (attention_mask.cumsum(1) - 1).clamp(min=0)
-
-
 def collate(prompts, completions, device):
-    """Lists of tokens as ids and attention_mask [B, Lp + T], padded on the outside, and the completions' mask[B, T]."""
+    """Tokens, padded on the outside: ids, attention_mask, position_ids [B, Lp + T]; the completions' mask[B, T]."""
     before, after = max(map(len, prompts)), max(map(len, completions))
-    rows = list(zip(prompts, completions))
-    ids = [[0] * (before - len(p)) + p + c + [0] * (after - len(c)) for p, c in rows]
-    mask = [[0] * (before - len(p)) + [1] * len(p + c) + [0] * (after - len(c)) for p, c in rows]
-    ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-    left_padded = min(map(len, prompts)) < before
-    return {"ids": ids, "attention_mask": mask, "mask": mask[:, before:].float(), "left_padded": left_padded}
+    ids = [[-1] * (before - len(p)) + p + c + [-1] * (after - len(c)) for p, c in zip(prompts, completions)]
+    ids = torch.tensor(ids, device=device)
+    mask = (ids >= 0).long()
+    batch = {"ids": ids.clamp(min=0), "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return batch | {"mask": mask[:, before:].float(), "left_padded": min(map(len, prompts)) < before}
 
 
 def make_model(args, device):
@@ -324,11 +318,9 @@ def load_model(args):
 def built_in_model(args):
     """A transformer of 0.1M parameters, and a tokenizer for which each character is a token."""
     vocabulary = {x: i for i, x in enumerate(["<pad>", "<eos>", *"0123456789+="])}
-    characters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
-    characters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    characters = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[], unk_token="<pad>"))
     characters.decoder = tokenizers.decoders.Fuse()
-    special = dict(pad_token="<pad>", eos_token="<eos>")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=characters, **special)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
     sizes = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, max_position_embeddings=64)
     sizes |= dict(num_attention_heads=4, num_key_value_heads=4, vocab_size=len(vocabulary), tie_word_embeddings=True)
     torch.manual_seed(args.seed)
@@ -386,11 +378,12 @@ def generate(model, prompts, uniforms, stop_ids, temperature, top_p, batch_size)
     for start in range(0, len(prompts), count := max(1, batch_size // copies)):
         part, noise = prompts[start : start + count], uniforms[start : start + count].flatten(0, 1).to(device)
         batch, cache = collate(part, [[]] * len(part), device), None
-        ids, mask, tokens = batch["ids"], batch["attention_mask"], torch.full(noise.shape, -1, device=device)
+        ids, mask, positions = batch["ids"], batch["attention_mask"], batch["position_ids"]
+        tokens = torch.full(noise.shape, -1, device=device)
         rows = torch.arange(len(noise), device=device)  # completions that go on
         for t in range(limit):
-            inputs = dict(attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :])
-            output = model(ids, **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            inputs = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
+            output = model(ids, **inputs, use_cache=True, logits_to_keep=1)
             cache, logits = output.past_key_values, output.logits[:, -1]
             if t == 0:  # each prompt is read once; only this way of copying works for states of convolutions, too
                 cache.reorder_cache(rows // copies)
@@ -402,7 +395,8 @@ def generate(model, prompts, uniforms, stop_ids, temperature, top_p, batch_size)
             if len(going) < len(rows):
                 cache.reorder_cache(going)
                 rows, new, mask = rows[going], new[going], mask[going]
-            ids, mask = new[:, None], nn.functional.pad(mask, (0, 1), value=1)
+            ids, positions = new[:, None], mask.sum(1, keepdim=True)
+            mask = nn.functional.pad(mask, (0, 1), value=1)
         completions += [[x for x in row if x >= 0] for row in tokens.tolist()]
     return completions
 
@@ -458,10 +452,10 @@ def check_sizes(model, tokenizer, problems, args):
     longest = max(len(problem["ids"]) for problem in problems) + args.max_completion_length
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or longest
-    message = f"prompts and completions of up to {longest} tokens, and the model knows {limit} positions"
-    if longest > limit and not getattr(config, "rope_parameters", None):  # a table of positions ends, rotary ones go on
-        raise BadInput(f"{message}: lower --max-prompt-length or --max-completion-length")
     if longest > limit:
+        message = f"prompts and completions of up to {longest} tokens, and the model knows {limit} positions"
+        if not getattr(config, "rope_parameters", None):  # a table of positions ends, rotary ones go on
+            raise BadInput(f"{message}: lower --max-prompt-length or --max-completion-length")
         say(f"warning: {message} from its training")
 
 
@@ -484,7 +478,7 @@ def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_
         "lengths": torch.tensor([len(x) for x in completions]).double(),
         "truncated": torch.tensor([x[-1] not in stop_ids for x in completions]).double(),
     }
-    slices = [slice(i * copies, (i + 1) * copies) for i in range(len(problems))]
+    slices = [slice(i, i + copies) for i in range(0, len(completions), copies)]
     return [{"problem": x} | {name: y[rows] for name, y in columns.items()} for x, rows in zip(problems, slices)]
 
 
@@ -579,9 +573,8 @@ def encode(prompt, args, tokenizer):
 
 def addition_rows():
     """All sums of two numbers from 10 to 99, in random order: a list of rows."""
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    order = torch.randperm(len(pairs), generator=make_generator("addition")).tolist()
-    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in (pairs[i] for i in order)]
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 100) for b in range(10, 100)]
+    return [rows[i] for i in torch.randperm(len(rows), generator=make_generator("addition"))]
 
 
 def make_problems(args, tokenizer):
@@ -670,10 +663,9 @@ def last_box(text):
 
 def extract_answer(text, reward):
     """The key of a completion's answer, or None: that of the last box, or the number that it is as a whole."""
-    box = None if reward == "exact" else last_box(text)
-    if reward == "exact" or (reward == "majority" and box is None):
-        return parse_number(text)
-    return box and answer_key(box)
+    if reward != "exact" and (box := last_box(text)):
+        return answer_key(box)
+    return None if reward == "boxed" else parse_number(text)
 
 
 @functools.lru_cache(100_000)
@@ -723,14 +715,14 @@ def true_rewards(groups, args):
 def reward_keywords(groups):
     """What TRL passes to a reward function: lists with an entry per completion, of messages if the prompt is."""
     problems = [group["problem"] for group in groups for _ in group["texts"]]
-    texts = [text for group in groups for text in group["texts"]]
     names = {name for problem in problems for name in problem["row"]} - {"prompt", "completion"}
     columns = {name: [problem["row"].get(name) for problem in problems] for name in names}
     return columns | {
         "prompts": [problem["prompt"] for problem in problems],
         "completions": [
-            [{"role": "assistant", "content": text}] if isinstance(problem["prompt"], list) else text
-            for problem, text in zip(problems, texts)
+            [{"role": "assistant", "content": text}] if isinstance(group["problem"]["prompt"], list) else text
+            for group in groups
+            for text in group["texts"]
         ],
         "completion_ids": [ids for group in groups for ids in group["completions"]],
     }
@@ -750,7 +742,7 @@ def function_rewards(groups, args):
     """The weighted sum of what the functions return, of those that apply (not None): [P, G]. BrokenRun if they fail."""
     keywords = reward_keywords(groups)
     count, totals, applied = len(keywords["completions"]), 0.0, False
-    for name, weight in zip(args.reward_fn, args.reward_weights or (1.0,) * len(args.reward_fn)):
+    for name, weight in zip(args.reward_fn, args.reward_weights or itertools.repeat(1.0)):
         try:
             rewards = load_function(name)(**keywords)
             rewards = asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards
@@ -773,7 +765,7 @@ def function_rewards(groups, args):
 def majority_vote(keys):
     """The most common key that is not None, the earliest of equals; None if there is none."""
     counts = Counter(key for key in keys if key is not None)
-    return max(counts, key=counts.get) if counts else None
+    return max(counts, key=counts.get, default=None)
 
 
 def majority_rewards(groups, args):
@@ -916,13 +908,6 @@ class Learner:
         self.masters = [x.detach().float() for x in self.weights]
         self.optimizer = torch.optim.Adam(self.masters, lr=args.learning_rate, fused=True)
 
-    def learning_rate(self, completions):
-        """That of the next gradient step, after so many completions."""
-        done = completions / self.args.total_timesteps
-        schedule = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-        warmup = min(1, (self.updates + 1) / max(1, self.args.lr_warmup))
-        return self.args.learning_rate * warmup * schedule[self.args.lr_schedule]
-
     def step(self, completions):
         """A step along all processes' gradients, after so many completions; their norm [] before it is clipped."""
         for weight, master in zip(self.weights, self.masters):
@@ -933,11 +918,14 @@ class Learner:
             elif WORLD_SIZE > 1:
                 dist.all_reduce(master.grad)
         norm = full(nn.utils.clip_grad_norm_(self.masters, self.args.max_grad_norm))
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate(completions)
+        self.updates += 1
+        warmup = min(1, self.updates / max(1, self.args.lr_warmup))
+        done = completions / self.args.total_timesteps
+        schedule = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+        self.optimizer.param_groups[0]["lr"] = self.args.learning_rate * warmup * schedule[self.args.lr_schedule]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.copy_to_model()
-        self.updates += 1
         return norm
 
     def copy_to_model(self):
@@ -977,8 +965,9 @@ def update(model, learner, minibatches, completions, generator, args):
         dist.all_reduce(sums)
     means = sums / (args.update_epochs * len(minibatches))
     ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))  # a mask waits for the GPU: once
-    learning_rate = learner.optimizer.param_groups[0]["lr"]
-    return dict(zip(totals, means.tolist())) | {"learning_rate": learning_rate}, ratios
+    metrics = dict(zip(totals, means.tolist()))
+    metrics["learning_rate"] = learner.optimizer.param_groups[0]["lr"]
+    return metrics, ratios
 
 
 def measure(stats, ratios, args):
@@ -1040,12 +1029,12 @@ def train(args):
         if not run.saved:
             run.log_evaluation(evaluate(sampler, held_out, args))
             run.save()
-        while not run.ended():
+        while run.step < args.total_timesteps and not any(gather(run.stopping)):
             start, drawn = time.perf_counter(), run.step // num_samples(args)  # prompts so far
             groups, stats = rollout(sampler, problems, drawn, args)
             minibatches = make_minibatches(model, reference, groups, args)
             sampled, step = time.perf_counter(), run.step + stats["reward"].numel()
-            generator = make_generator("minibatches", args.seed, step // num_samples(args))
+            generator = make_generator("minibatches", args.seed, drawn + len(stats["reward"]))
             losses, ratios = update(model, learner, minibatches, run.step, generator, args)
             metrics = losses | measure(stats, ratios, args)
             seconds = {"time/rollout": sampled - start, "time/update": time.perf_counter() - sampled}
@@ -1061,7 +1050,7 @@ def train(args):
 # --- running: folders, logs and checkpoints; no algorithm below
 
 FORMAT = 2  # of args.json and checkpoints
-CONTENTS = {"checkpoint.pt": {"learner", "step", "log_sizes"}}
+KEYS = {"checkpoint.pt": {"learner", "step", "log_sizes"}}
 LOGS = ("episodes.csv", "metrics.csv", "evaluations.csv", "completions.jsonl")
 MAY_CHANGE = (
     "total_timesteps micro_batch_tokens generation_batch_size gradient_checkpointing fsdp device vllm_memory "
@@ -1210,8 +1199,7 @@ class Run(ExitStack):
                 wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
                 self.callback(wandb.finish)
             self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-            number = getattr(signal, name)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
                 self.callback(signal.signal, number, signal.signal(number, self.request_stop))
         self.first_step = self.step
@@ -1229,9 +1217,8 @@ class Run(ExitStack):
             except OSError as error:
                 raise BadInput(f"cannot make {self.dir}: {error.strerror}; choose another --output-dir") from None
             self.enter_context(FileLock(self.dir / "lock", timeout=0))
-        git = "git --no-optional-locks describe --always --dirty --abbrev=40".split()
-        settings = dict(cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-        commit = subprocess.run(git, **settings).stdout.strip() if shutil.which("git") else ""
+        git = "git --no-optional-locks describe --always --dirty --abbrev=40 2>/dev/null || true"
+        commit = subprocess.check_output(git, shell=True, text=True, cwd=Path(__file__).resolve().parent).strip()
         modules = {"torch", "transformers", "tokenizers", "numpy", "vllm"} & set(sys.modules)
         about = {"format": FORMAT, "script": SCRIPT, "commit": commit, "python": sys.version.split()[0]}
         return about | {"versions": {name: version(name) for name in sorted(modules)}}
@@ -1259,10 +1246,6 @@ class Run(ExitStack):
         self.stopping = True
         signal.signal(number, signal.SIG_DFL)
 
-    def ended(self):
-        """Whether all is sampled, or a process has been told to stop."""
-        return self.step >= self.args.total_timesteps or any(gather(self.stopping))
-
     def log(self, step, metrics, stats, groups):
         """Writes an iteration: metrics, all rewards and lengths, and four completions. BrokenRun if not finite."""
         for name, value in metrics.items():
@@ -1274,7 +1257,7 @@ class Run(ExitStack):
         for reward, length in zip(stats["reward"].flatten().tolist(), stats["length"].flatten().tolist()):
             self.write("episodes.csv", step, {"return": reward, "length": length})
         sps = (step - self.first_step) / (time.time() - self.start_time)
-        metrics |= {"charts/SPS": sps}
+        metrics["charts/SPS"] = sps
         self.write("metrics.csv", step, metrics)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
@@ -1303,8 +1286,8 @@ class Run(ExitStack):
         """Adds a row to a CSV file, after a header if it is the first."""
         file = self.logs[log]
         if file.tell() == 0:
-            file.write(",".join(["step", *row]) + "\n")
-        file.write(",".join([str(step), *(f"{x:.8g}" for x in row.values())]) + "\n")
+            print("step", *row, sep=",", file=file)
+        print(step, *(f"{x:.8g}" for x in row.values()), sep=",", file=file)
 
     def save(self, seconds=0):
         """Writes the checkpoint if the last is so old. BrokenRun, and that one stays, if a weight is not finite."""
@@ -1359,12 +1342,12 @@ def write_atomically(path, content):
         buffer = io.BytesIO()
         torch.save(content, buffer)
         content = buffer.getbuffer()
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())  # else a power cut could leave the new name without the content
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def out_of_memory(error):
@@ -1387,7 +1370,7 @@ def load_run(run_dir, name):
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
         checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
-        if missing := CONTENTS[name] - set(checkpoint):
+        if missing := KEYS[name] - set(checkpoint):
             raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
         return args, checkpoint
     except Exception as error:  # damaged files raise many kinds
