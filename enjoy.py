@@ -193,7 +193,7 @@ class LiveLine:
     """Shows the newest text ten times a second, or every 30 s in a log."""
 
     def __init__(self):
-        self.live, self.time = sys.stdout.isatty(), time.time()
+        self.live, self.time = os.isatty(1), time.time()
 
     def __call__(self, text):
         if time.time() - self.time > (0.1 if self.live else 30):

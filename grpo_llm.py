@@ -66,7 +66,8 @@ SCRIPT = Path(__file__).stem
 # Set by torchrun: the number of this process and of all, and on this machine.
 RANK, WORLD_SIZE = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Size = Annotated[int, Field(ge=1, le=10**6)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e38)]
 Name = Annotated[str, Field(min_length=1)]
@@ -89,19 +90,19 @@ class Args:
     reward: Literal["exact", "boxed", "majority"] = "exact"
     reward_fn: tuple[str, ...] = ()  # module:function or path.py:function, in place of --reward; called as by TRL
     reward_weights: tuple[float, ...] = ()  # of several functions, whose rewards are added; default: 1 each
-    num_votes: PositiveInt = 64  # completions that vote; the first --group-size are trained on
+    num_votes: Size = 64  # completions that vote; the first --group-size are trained on
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of initial weights, prompts, samples and minibatches
     total_timesteps: Count = 81_920  # completions to sample for training; 0: evaluate only
-    num_prompts: PositiveInt = 64  # prompts per iteration, of all processes
-    group_size: Annotated[int, Field(ge=2)] = 8  # completions per prompt
-    minibatch_prompts: PositiveInt = 16  # prompts (whole groups) per gradient step, of all processes
+    num_prompts: Size = 64  # prompts per iteration, of all processes
+    group_size: Annotated[int, Field(ge=2, le=10**6)] = 8  # completions per prompt
+    minibatch_prompts: Size = 16  # prompts (whole groups) per gradient step, of all processes
     update_epochs: PositiveInt = 1  # passes over the rollout per iteration
     learning_rate: Positive = 3e-4  # Adam's step size, at the start if it is scheduled
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear, cosine: to 0 at the last step
     lr_warmup: Count = 20  # gradient steps over which the learning rate rises from 0
     max_grad_norm: Positive = 1.0  # largest norm of the gradient
-    max_prompt_length: PositiveInt = 512  # tokens; longer prompts are left out
-    max_completion_length: PositiveInt = 4  # tokens; longer completions are cut off
+    max_prompt_length: Size = 512  # tokens; longer prompts are left out
+    max_completion_length: Size = 4  # tokens; longer completions are cut off
     stop: tuple[str, ...] = ()  # texts of one token each that end a completion as the model's own stop tokens do
     keep_special_tokens: bool = False  # leave special tokens in the text that is rewarded, as <think> may be one
     sampling_temperature: Positive = 1.0  # of the policy, while sampling and while learning
@@ -119,8 +120,8 @@ class Args:
     # the built-in model is taught until its samples are right this often
     warmup_accuracy: Annotated[float, Field(ge=0, lt=1)] = 0.4
     eval_interval: PositiveInt = 10  # iterations between evaluations on held-out problems
-    eval_problems: PositiveInt = 200  # held-out problems to evaluate on, at most
-    eval_samples: PositiveInt = 8  # completions per held-out problem, k of maj@k
+    eval_problems: Size = 200  # held-out problems to evaluate on, at most
+    eval_samples: Size = 8  # completions per held-out problem, k of maj@k
     eval_temperature: Positive = 0.6  # sampling temperature of evaluations
     eval_top_p: Probability = 0.95  # from the most likely tokens of this total probability
     generator: Literal["transformers", "vllm"] = "transformers"  # vllm: an optional install, on the same device
@@ -505,7 +506,7 @@ def read_rows(source):
         if not rows:
             raise ValueError("no usable row")
         return list(rows)
-    except (OSError, ValueError, RecursionError) as error:  # the package's own errors, too
+    except (OSError, ValueError, LookupError, ImportError, RecursionError) as error:  # the package's own errors, too
         raise BadInput(f"cannot read {source}: {one_line(error)[:200]}") from None
 
 
@@ -596,10 +597,11 @@ def make_problems(args, tokenizer):
 
 
 # A completion is untrusted text: it is matched by bounded expressions, or given seconds of math-verify; never run.
-WIDE = {i + 0xFEE0: i for i in range(33, 127)} | {ord("−"): "-"}  # full-width characters
+WIDE = {i + 0xFEE0: i for i in range(33, 127)} | dict.fromkeys(map(ord, "−–"), "-")  # full-width characters
 TEXT = r"\\(?:text|math|mbox)(?:rm|bf|it)? ?"
 # What follows a number without being its unit: words for numbers, and variables.
-NUMERAL = r"[a-z]*illion|hundred|thousand|dozen|hal[fv]|third|quarter|fourth|fifth|tenth"
+ORDINAL = "third|quarter|(?:four|fif|six|seven|eigh|nin|ten|twelf)th"
+NUMERAL = rf"[a-z]*illion|hundred|thousand|dozen|hal[fv]|{ORDINAL}|squared|cubed|factorial|bn|lakh|crore"
 NO_UNIT = rf"(?:.*[ ./])?(?:{NUMERAL}|(?:[a-fikx-z]|pi|or|and|mod|base)\b)"
 BARE_UNIT = "[cmk]m|kg|degrees?|dollars?|cents?|units?|inches|feet|miles?|hours?|minutes?|days?|years?"
 UNIT = rf"{TEXT}\{{ ?(?!{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
@@ -618,6 +620,7 @@ NUMBER = re.compile(
     r"(\.[0-9]{0,40})?(?: ?/ ?([0-9]{1,40}))?"  # the decimals; the divisor
 )
 BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # three more within these
+MINUS = re.compile(r"(?:^|[^\w)}\]-])[-−]\Z|[$=(] ?[-−–](?:[~$ ]|\\,)*\Z")  # before a box
 BOX = re.compile(rf"\s{{0,3}}(?:{BRACES}|([0-9.,/+-]{{0,40}}[0-9]))")
 
 
@@ -651,14 +654,14 @@ def answer_key(text):
 def last_box(text):
     """What the last \\boxed or \\fbox with an end and a content holds (200 characters at most), or None.
 
-    A minus directly before the box belongs to the answer.
+    A minus directly before the box, or alone before it in a formula, belongs to the answer.
     """
     parts = text.replace("\\fbox", "\\boxed").rsplit("\\boxed", 8)
     for before, after in reversed([*itertools.pairwise(parts)]):
         match = BOX.match(after[:204])
         content = match and (match[1] or match[2])
         if content and content.strip():
-            return "-" * bool(re.search(r"(?:^|[^\w)}\]-])[-−]\Z", before[-2:])) + content
+            return "-" * bool(MINUS.search(before[-12:])) + content
     return None
 
 
@@ -697,7 +700,7 @@ def load_function(name):
     sys.path.append(os.getcwd())
     try:
         return (runpy.run_path(module) if module.endswith(".py") else vars(importlib.import_module(module)))[function]
-    except Exception as error:  # of the module's own code, too
+    except (Exception, SystemExit) as error:  # of the module's own code, too
         where = "module:function or path.py:function"
         raise BadInput(f"--reward-fn takes {where}, and {name} cannot be loaded: {one_line(error)}") from None
 
@@ -733,8 +736,9 @@ def check_functions(problems, args):
     """BadInput if a --reward-fn cannot be loaded, or wants what it is not passed."""
     passed = reward_keywords([{"problem": x, "texts": [""], "completions": [[]]} for x in problems])
     for name in args.reward_fn:
+        function = load_function(name)
         try:
-            inspect.signature(load_function(name)).bind(**passed)
+            inspect.signature(function).bind(**passed)
         except (TypeError, ValueError) as error:
             raise BadInput(f"--reward-fn {name}: {error}; it is passed {', '.join(sorted(passed))}") from None
 
@@ -747,7 +751,7 @@ def function_rewards(groups, args):
         try:
             rewards = load_function(name)(**keywords)
             rewards = asyncio.run(rewards) if inspect.iscoroutine(rewards) else rewards
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise BrokenRun(f"--reward-fn {name}: {one_line(error)} ({last.filename}, line {last.lineno})") from error
         try:
@@ -1189,13 +1193,18 @@ class Run(ExitStack):
                 raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
         about = self.restore(data) if self.saved else self.make_dir() | {"data": data}
         if RANK == 0:
+            if args.track:
+                names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
+                try:
+                    wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
+                except Exception as error:  # it has many kinds
+                    if not self.saved:
+                        shutil.rmtree(self.dir)
+                    raise BadInput(f"--track: {one_line(error)}") from None
+                self.callback(wandb.finish)
             about["args"] = dataclasses.asdict(args) | {"resume": None}
             write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
             self.logs = {name: self.enter_context((self.dir / name).open("a")) for name in LOGS}
-            if args.track:
-                names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
-                wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
-                self.callback(wandb.finish)
             self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
@@ -1204,6 +1213,8 @@ class Run(ExitStack):
         self.start_time = self.line_time = self.save_time = time.time()
         size, device = sum(x.numel() for x in learner.masters) / 1e6, learner.masters[0].device.type
         say(f"{args.env_id}, seed {args.seed}, {size:.2f}M parameters, {WORLD_SIZE} x {device}: {self.dir}")
+        if RANK == 0:  # only now: what went before may be refused
+            shutil.rmtree(self.dir / "model", ignore_errors=True)
 
     def make_dir(self):
         """Makes the folder; returns what args.json is to say besides the settings."""
@@ -1224,11 +1235,11 @@ class Run(ExitStack):
     def restore(self, data):
         """Reads all, then changes: the learner, the logs as they were. Returns args.json."""
         about = json.loads((self.dir / "args.json").read_bytes())
-        if about["data"] != data:
+        if about.get("data") != data:
             raise BadInput(f"the problems have changed since {self.dir} began: --dataset or --eval-dataset")
         try:
             self.learner.load_state_dict(self.saved["learner"])
-        except (RuntimeError, ValueError, KeyError):
+        except Exception:  # damaged checkpoints raise many kinds
             raise BadInput(f"the checkpoint in {self.dir} does not fit its args.json or the model") from None
         sizes = {self.dir / name: size for name, size in self.saved["log_sizes"].items()}
         if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
@@ -1236,7 +1247,6 @@ class Run(ExitStack):
         if RANK == 0:
             for path, size in sizes.items():
                 os.truncate(path, size)  # drops rows written after the checkpoint
-            shutil.rmtree(self.dir / "model", ignore_errors=True)
         return about
 
     def request_stop(self, number, frame):
@@ -1349,7 +1359,7 @@ def write_atomically(path, content):
 
 
 def out_of_memory(error):
-    return isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error))
+    return isinstance(error, MemoryError) or re.search("(allocate|out of) memory|Storage size", str(error))
 
 
 def one_line(error):
@@ -1402,7 +1412,7 @@ if __name__ == "__main__":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenRun as error:
-        sys.exit(f"error: {error}. The last good checkpoint is kept; resumed with the same settings it ends here again")
+        sys.exit(f"error: {error}. Checkpoints made before are kept; resumed with the same settings it ends here again")
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise

@@ -43,12 +43,13 @@ import torch
 import torch.nn as nn
 import tyro
 from filelock import FileLock, Timeout
-from pydantic import Field, PositiveInt, TypeAdapter, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 from torch.distributions import Normal
 from torch.utils.tensorboard import SummaryWriter
 
 SCRIPT = Path(__file__).stem
+Steps = Annotated[int, Field(ge=1, le=10**15)]
 Size = Annotated[int, Field(ge=1, le=10**6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e38)]
@@ -60,7 +61,7 @@ class Args:
     env_id: str = "Go1JoystickRoughTerrain-v1"  # task of EnvPool, mjlab (Mjlab-...) or Isaac Lab (Isaac-...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and GPU simulators; auto: a GPU if there is one
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1  # of simulators, initial weights, actions and minibatches
-    total_timesteps: PositiveInt = 10_000_000  # environment steps, all environments together
+    total_timesteps: Steps = 10_000_000  # environment steps, all environments together
     num_envs: Size = 128  # environments in parallel, N: 4096 in the paper; EnvPool's take 41 MB (Go1) and more
     num_steps: Annotated[int, Field(ge=2, le=10**6)] = 24  # steps per environment and iteration, T
     num_minibatches: Size = 4  # gradient steps per pass over the rollout
@@ -700,13 +701,18 @@ class Run(ExitStack):
             if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
                 raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
         about = self.restore() if self.saved else self.make_dir()
+        if args.track:
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
+            try:
+                wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
+            except Exception as error:  # it has many kinds
+                if not self.saved:
+                    shutil.rmtree(self.dir)
+                raise BadInput(f"--track: {one_line(error)}") from None
+            self.callback(wandb.finish)
         about["args"] = dataclasses.asdict(args) | {"resume": None}
         write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
         self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
-        if args.track:
-            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
-            wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
-            self.callback(wandb.finish)
         self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
@@ -715,6 +721,7 @@ class Run(ExitStack):
         self.start_time = self.line_time = time.time()
         say(f"{args.env_id}, seed {args.seed}: {self.dir}")
         self.save()
+        (self.dir / "agent.pt").unlink(missing_ok=True)  # only now: what went before may be refused
 
     def make_dir(self):
         """Makes the folder; returns what args.json is to say besides the settings."""
@@ -736,16 +743,15 @@ class Run(ExitStack):
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(self.saved[name])
-        except (RuntimeError, ValueError, KeyError):
+            torch.set_rng_state(self.saved["rng_state"])
+        except Exception:  # damaged checkpoints raise many kinds
             raise BadInput(f"the checkpoint in {self.dir} does not fit its args.json or the task") from None
         sizes = {self.dir / name: size for name, size in self.saved["log_sizes"].items()}
         if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
             raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
         about = json.loads((self.dir / "args.json").read_bytes())
-        torch.set_rng_state(self.saved["rng_state"])
         for path, size in sizes.items():
             os.truncate(path, size)  # drops rows written after the checkpoint
-        (self.dir / "agent.pt").unlink(missing_ok=True)
         return about
 
     def request_stop(self, number, frame):
@@ -900,7 +906,7 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenRun as error:
-        sys.exit(f"error: {error}. The last good checkpoint is kept; resumed with the same settings it ends here again")
+        sys.exit(f"error: {error}. Checkpoints made before are kept; resumed with the same settings it ends here again")
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("(allocate|out of) memory", str(error)):
             raise

@@ -144,7 +144,7 @@ FAULTS = {
         (CONTINUOUS, RESTORE, f"{RESTORE}\n            self.parts['agent'].return_stats.count.zero_()"),
     ],
     "19 optimizer not restored": [
-        (CONTROL, f"{RESTORE}\n        except", f"{RESTORE} if name == 'agent' else 0\n        except"),
+        (CONTROL, f"{RESTORE}\n            torch.set", f"{RESTORE} if name == 'agent' else 0\n            torch.set"),
         (LLM, 'self.optimizer.load_state_dict(state["optimizer"])', "pass"),
     ],
     "20 logs not cut on resume": [(CONTROL + LLM, "os.truncate(path, size)", "pass")],

@@ -56,6 +56,11 @@ def drop_from_checkpoint(run, name):
     torch.save(checkpoint, run / "checkpoint.pt")
 
 
+def change_checkpoint(run, **changes):
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    torch.save(checkpoint | changes, run / "checkpoint.pt")
+
+
 def tensor_bytes(path):
     """Where the stored tensors lie in a checkpoint: [(start, end)]"""
     places, data = [], path.read_bytes()
@@ -115,6 +120,9 @@ RESUME_DAMAGES = DAMAGES | {
     "list for a checkpoint": lambda run: torch.save([1, 2], run / "checkpoint.pt"),
     "empty dictionary for a checkpoint": lambda run: torch.save({}, run / "checkpoint.pt"),
     "checkpoint without random state": lambda run: drop_from_checkpoint(run, "rng_state"),
+    "list for weights": lambda run: change_checkpoint(run, agent=[]),
+    "nothing for Adam's state": lambda run: change_checkpoint(run, optimizer=None),
+    "text for a random state": lambda run: change_checkpoint(run, rng_state="abc"),
     "checkpoint without sizes": lambda run: drop_from_checkpoint(run, "log_sizes"),
     "episodes lost": lambda run: cut(run / "episodes.csv", 0.9),
     "no metrics.csv": lambda run: (run / "metrics.csv").unlink(),
@@ -176,7 +184,7 @@ def test_a_run_may_go_on_on_another_device_but_with_no_other_setting(script, tmp
 # --- settings
 
 NAN, INF = math.nan, math.inf
-BAD_VALUES = dict(total_timesteps=[0, -5, 1.5], num_envs=[0, -1, 10**18], num_steps=[0, 10**18])
+BAD_VALUES = dict(total_timesteps=[0, -5, 1.5, 10**400], num_envs=[0, -1, 10**18], num_steps=[0, 10**18])
 BAD_VALUES |= dict(update_epochs=[0, 10**18], hidden_size=[0, 10**18], seed=[-1, 2**31], env_backend=["mujoco"])
 BAD_VALUES |= dict(minibatch_size=[0, -64, 1, 4 * 512 + 1, 10**18], checkpoint_seconds=[-1.0, NAN])
 BAD_VALUES |= dict(learning_rate=[0.0, -1.0, NAN, INF], clip_coef=[0.0, -0.2, NAN], max_grad_norm=[0.0, NAN])
@@ -362,3 +370,18 @@ def test_tracking_without_an_account_is_one_line(script, tmp_path, monkeypatch):
     with pytest.raises(script.BadInput, match="--track needs an account: .* WANDB_MODE=offline"):
         train(script, tmp_path / "out", track=True)
     assert asked == [{"prompt": False}] and not list(tmp_path.iterdir())
+
+
+@each(*CONTROL)
+def test_what_wandb_refuses_is_one_line_that_costs_no_agent(script, tmp_path, monkeypatch):
+    probe_envs.play(script, monkeypatch, probe_envs.one_step)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = dict(total_timesteps=64, track=True, wandb_project_name="a/b")
+    with pytest.raises(script.BadInput, match="^--track: .*Invalid project name"):
+        train(script, tmp_path / "out", **settings)
+    assert not list((tmp_path / "out").iterdir())
+    run_dir = train(script, tmp_path / "out", **settings | dict(track=False))
+    words = "--total-timesteps", "128", "--track", "--wandb-project-name", "a/b"
+    with pytest.raises(script.BadInput, match="^--track: .*Invalid project name"):
+        resume(script, run_dir, *words)
+    assert (run_dir / "agent.pt").exists() and json.loads((run_dir / "args.json").read_text())["args"]["track"] is False

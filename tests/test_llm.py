@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -724,6 +725,20 @@ def test_completions_of_chats_are_messages_and_columns_and_tokens_come_along(scr
 
 
 @SCRIPTS
+def test_a_reward_function_cannot_end_the_process_without_a_word(script, monkeypatch):
+    with_functions(script, monkeypatch, f=lambda **_: sys.exit(3))
+    with pytest.raises(script.BrokenRun, match="--reward-fn f: SystemExit: 3 "):
+        script.true_rewards(SUMS, script.Args(reward_fn=("f",)))
+
+
+@SCRIPTS
+@pytest.mark.parametrize("source", [":", "http://nowhere.invalid/x.parquet"])
+def test_what_is_no_dataset_is_one_line(script, source):
+    with pytest.raises(script.BadInput, match="^cannot read "):
+        script.read_rows(source)
+
+
+@SCRIPTS
 def test_functions_are_loaded_from_a_path_or_a_module(script, tmp_path, monkeypatch):
     """A file may be called as a module of the library is."""
     (tmp_path / "statistics.py").write_text("import json\ndef f(**_):\n    return 17\n")
@@ -733,8 +748,8 @@ def test_functions_are_loaded_from_a_path_or_a_module(script, tmp_path, monkeypa
         assert script.load_function(name)() == 17
     assert script.load_function("math:isfinite") is math.isfinite
     for name in ("statistics.py:g", "bad.py:f", "none.py:f", "no_such_module:f", "f", "math:"):
-        with pytest.raises(script.BadInput, match="--reward-fn takes module:function or path.py:function, and "):
-            script.load_function(name)
+        with pytest.raises(script.BadInput, match="^--reward-fn takes module:function or path.py:function, and "):
+            script.check_functions([], script.Args(reward_fn=(name,)))
 
 
 # --- before sampling
@@ -1009,9 +1024,10 @@ def test_fsdp_needs_a_held_out_problem_for_each_process(script, tiny, tmp_path, 
 # --- settings and machines
 
 
-BAD_VALUES = dict(group_size=[1], num_prompts=[0, 10], minibatch_prompts=[0, 128], learning_rate=[math.nan, 0.0])
+BAD_VALUES = dict(group_size=[1, 10**18], num_prompts=[0, 10, 10**18], minibatch_prompts=[0, 128])
+BAD_VALUES |= dict(learning_rate=[math.nan, 0.0], total_timesteps=[-1, 10**400])
 BAD_VALUES |= dict(ratio_low=[1.0, -0.1], ratio_high=[0.9, math.inf], clip_coef=[1.5], env_id=["Hopper-v4"])
-BAD_VALUES |= dict(system_prompt=["Add."], eval_top_p=[0.0], generator=["vllm"], total_timesteps=[-1], seed=[2**31])
+BAD_VALUES |= dict(system_prompt=["Add."], eval_top_p=[0.0], generator=["vllm"], seed=[2**31])
 BAD_VALUES |= dict(dataset=["x.json"], model=[""], no_such_setting=[1], micro_batch_tokens=[0], warmup_accuracy=[1.0])
 
 

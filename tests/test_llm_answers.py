@@ -11,6 +11,13 @@ import gbpo_llm as gbpo
 # completion -> the number that its last box holds
 NUMBERS = {
     r"\boxed{5}": 5,
+    r"$x - \boxed{5}$": 5,
+    r"$- \boxed{5}$": -5,
+    r"$-\,\boxed{5}$": -5,
+    r"$-$\boxed{5}": -5,
+    r"x=-~\boxed{5}": -5,
+    r"\boxed{–5}": -5,
+    r"\boxed{5\text{ months}}": 5,
     r"\boxed{142.0}": 142,
     r"\boxed{1,000}": 1000,
     r"\boxed{1{,}000}": 1000,
@@ -104,6 +111,9 @@ WRONG = {
     r"\boxed{101_2}": 101,
     r"\boxed{101\text{ base two}}": 101,
     r"\boxed{5!}": 5,
+    r"\boxed{5\text{ sixths}}": 5,
+    r"\boxed{5\text{ bn}}": 5,
+    r"\boxed{5\text{ squared}}": 5,
     r"\boxed{x \neq 5}": 5,
     r"\boxed{x > 5}": 5,
     r"\boxed{2x=5}": 5,

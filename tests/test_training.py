@@ -487,7 +487,7 @@ def test_a_broken_run_is_one_line_and_status_1(script, tmp_path, monkeypatch, ca
     words = options(**settings, learning_rate=1e38, update_epochs=1, output_dir=tmp_path)
     code, (line,) = command_line(script, words, monkeypatch, capsys)
     assert code == 1 and re.match(r"error: losses/policy_loss is nan at step \d+\. ", line)
-    assert "The last good checkpoint is kept; resumed with the same settings it ends here again" in line
+    assert "Checkpoints made before are kept; resumed with the same settings it ends here again" in line
 
 
 # --- learning
