@@ -223,7 +223,7 @@ def test_several_runs_and_another_task(run, capsys):
 
 def test_the_live_line_counts_steps_and_episodes(run, capsys, monkeypatch):
     monkeypatch.setattr(enjoy.time, "time", iter(range(10**6)).__next__)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(enjoy.os, "isatty", lambda descriptor: True)
     play(run(), "--episodes", 3)
     assert "step 8, 0 of 3 episodes finished" in (out := capsys.readouterr().out) and out.count("\r") > 5
 
