@@ -540,6 +540,8 @@ class Run(ExitStack):
                     shutil.rmtree(self.dir)
                 raise BadInput(f"--track: {one_line(error)}") from None
             self.callback(wandb.finish)
+        # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.
+        (self.dir / "agent.pt").unlink(missing_ok=True)
         about["args"] = dataclasses.asdict(args) | {"resume": None}
         write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
         self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
@@ -551,7 +553,6 @@ class Run(ExitStack):
         self.start_time = self.line_time = time.time()
         say(f"{args.env_id}, seed {args.seed}: {self.dir}")
         self.save()
-        (self.dir / "agent.pt").unlink(missing_ok=True)  # only now: what went before may be refused
 
     def make_dir(self):
         """Makes the folder; returns what args.json is to say besides the settings."""

@@ -619,7 +619,8 @@ NUMBER = re.compile(
     r"(\.[0-9]{0,40})?(?: ?/ ?([0-9]{1,40}))?"  # the decimals; the divisor
 )
 BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # three more within these
-MINUS = re.compile(r"(?:^|[^\w)}\]-])[-−]\Z|[$=(] ?[-−–](?:[~$ ]|\\,)*\Z")  # before a box
+# A minus before a box: directly, after no operand; or alone in front of it in a formula, with spacing.
+MINUS = re.compile(r"(?:^|[^\w)}\]-])[-−]\Z|[$=(] ?[-−–](?:[~$ ]|\\,)*\Z")
 BOX = re.compile(rf"\s{{0,3}}(?:{BRACES}|([0-9.,/+-]{{0,40}}[0-9]))")
 
 
@@ -1204,6 +1205,8 @@ class Run(ExitStack):
                         shutil.rmtree(self.dir)
                     raise BadInput(f"--track: {one_line(error)}") from None
                 self.callback(wandb.finish)
+            # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.
+            shutil.rmtree(self.dir / "model", ignore_errors=True)
             about["args"] = dataclasses.asdict(args) | {"resume": None}
             write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
             self.logs = {name: self.enter_context((self.dir / name).open("a")) for name in LOGS}
@@ -1215,8 +1218,6 @@ class Run(ExitStack):
         self.start_time = self.line_time = self.save_time = time.time()
         size, device = sum(x.numel() for x in learner.masters) / 1e6, learner.masters[0].device.type
         say(f"{args.env_id}, seed {args.seed}, {size:.2f}M parameters, {WORLD_SIZE} x {device}: {self.dir}")
-        if RANK == 0:  # only now: what went before may be refused
-            shutil.rmtree(self.dir / "model", ignore_errors=True)
 
     def make_dir(self):
         """Makes the folder; returns what args.json is to say besides the settings."""

@@ -348,6 +348,11 @@ def test_a_data_file_that_has_changed_is_noticed(script, run, problems, tmp_path
         resume(script, run_dir, "--total-timesteps", 16)
     assert contents(run_dir) == before
     data.write_text(text)
+    about = json.loads((run_dir / "args.json").read_text())
+    (run_dir / "args.json").write_text(json.dumps({name: x for name, x in about.items() if name != "data"}))
+    with pytest.raises(script.BadInput, match="the problems have changed"):
+        resume(script, run_dir, "--total-timesteps", 16)
+    (run_dir / "args.json").write_text(json.dumps(about))
     resume(script, run_dir, "--total-timesteps", 16)
 
 
@@ -456,6 +461,19 @@ def test_tracking_without_an_account_is_one_line(untaught, tmp_path, monkeypatch
     with pytest.raises(gbpo.BadInput, match="--track needs an account: .* WANDB_MODE=offline"):
         train(gbpo, tmp_path / "out", **untaught, track=True)
     assert asked == [{"prompt": False}] and not list(tmp_path.iterdir())
+
+
+@SCRIPTS
+def test_what_wandb_refuses_is_one_line_that_costs_no_model(script, run, problems, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    own = dict(num_prompts=2, minibatch_prompts=2, total_timesteps=8, model=str(run / "model"), dataset=str(problems))
+    with pytest.raises(script.BadInput, match="^--track: .*Invalid project name"):
+        train(script, tmp_path / "out", **own, track=True, wandb_project_name="a/b")
+    assert not list((tmp_path / "out").iterdir())
+    run_dir = train(script, tmp_path / "out", **own)
+    with pytest.raises(script.BadInput, match="^--track: .*Invalid project name"):
+        resume(script, run_dir, "--total-timesteps", 16, "--track", "--wandb-project-name", "a/b")
+    assert (run_dir / "model").exists() and json.loads((run_dir / "args.json").read_text())["args"]["track"] is False
 
 
 # --- real models
