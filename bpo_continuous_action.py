@@ -525,20 +525,17 @@ class Run(ExitStack):
     def begin(self, **parts):
         """Restores the parts (modules, optimizers) that checkpoints hold, or makes the folder; opens the logs."""
         self.parts, args = parts, self.args
+        about = self.restore() if self.saved else self.make_dir()
         if args.track:
             import wandb
 
-            if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-                raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
-        about = self.restore() if self.saved else self.make_dir()
-        if args.track:
             names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
             try:
                 wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
             except Exception as error:  # it has many kinds
                 if not self.saved:
                     shutil.rmtree(self.dir)
-                raise BadInput(f"--track: {one_line(error)}") from None
+                raise BadInput(f"--track: {one_line(error)}; WANDB_MODE=offline needs no account") from None
             self.callback(wandb.finish)
         # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.
         (self.dir / "agent.pt").unlink(missing_ok=True)
@@ -716,16 +713,19 @@ def compiled(function, args):
 def read_args(words):
     """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise BadInput("this script trains in one process: start it without torchrun")
     if any(word.startswith(("--evaluate", "--capture")) for word in words):
         raise BadInput("to evaluate and film a run: python enjoy.py RUN_DIR --video")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
-    run_dir = parser.parse_known_args(words)[0].resume
-    if run_dir is None:
+    parser.add_argument("--env-id", "--env_id")
+    typed = parser.parse_known_args(words)[0]
+    if typed.resume is None:
         return tyro.cli(Args, args=words)
-    saved = dataclasses.replace(load_run(run_dir, "checkpoint.pt")[0], resume=run_dir)
+    saved = dataclasses.replace(load_run(typed.resume, "checkpoint.pt")[0], resume=typed.resume)
+    if ":" in saved.env_id and typed.env_id is None:  # module:task, code that a file names is not run
+        raise BadInput(f"the task is code of your own: if it is yours, add --env-id {shlex.quote(saved.env_id)}")
     args = tyro.cli(Args, args=words, default=saved)
     for name, value in vars(saved).items():
         if getattr(args, name) != value and name not in MAY_CHANGE:

@@ -1,7 +1,7 @@
 """Group-relative Bounded Policy Optimization (GBPO) for language models, in one file.
 
 GBPO samples a group of completions for each prompt, scores them, and moves the probability ratio of every token to a
-target that depends on how the completion compares with its group's median.
+target that depends on how the completion compares with its group.
 Ao et al., "Bounded Ratio Reinforcement Learning", section 4.5, https://arxiv.org/abs/2604.18578
 
     python gbpo_llm.py                       teaches a tiny transformer, made here, to add two-digit numbers
@@ -10,7 +10,7 @@ Ao et al., "Bounded Ratio Reinforcement Learning", section 4.5, https://arxiv.or
 What differs from the sibling, grpo_llm.py:
 1. target_ratio: the best ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
 2. policy_loss: the distance from it, weighted by abs(advantage) (Eq. 16), in place of the clipped surrogate.
-3. group_advantages: measured from the group's median (or an exact baseline) as well, for the target.
+3. exact_baseline, or the group's median: what the target is measured from, so that a group's targets average to 1.
 """
 
 import signal
@@ -114,8 +114,8 @@ class Args:
     ratio_low: float | None = None  # c_l, in place of 1 - epsilon
     ratio_high: float | None = None  # c_h, in place of 1 + epsilon
     target_temperature: Positive = 1e-4  # lambda of Eq. 9, in units of the advantage
-    # of the target: the group's median (section 4.5); exact: what makes its targets average to 1 (Corollary 4.7)
-    baseline: Literal["median", "exact"] = "median"
+    # of the target: what makes a group's targets average to 1 (Corollary 4.7), or the group's median (section 4.5)
+    baseline: Literal["exact", "median"] = "exact"
     tv_coef: NonNegative = 0.0  # alpha_1, weight of plain total variation beside the weighted one (Eq. 16)
     # mean over each response, then over all (paper); over tokens (authors' code); sum / the length limit
     aggregation: Literal["response", "token", "constant"] = "response"
@@ -1189,21 +1189,18 @@ class Run(ExitStack):
         """Restores the learner, or makes the folder; opens the logs. The problems must be those that the run had."""
         self.learner, args = learner, self.args
         data = zlib.crc32(repr([x["row"] for x in problems]).encode(errors="surrogatepass"))
-        if args.track and RANK == 0:
-            import wandb
-
-            if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-                raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
         about = self.restore(data) if self.saved else self.make_dir() | {"data": data}
         if RANK == 0:
             if args.track:
+                import wandb
+
                 names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
                 try:
                     wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
                 except Exception as error:  # it has many kinds
                     if not self.saved:
                         shutil.rmtree(self.dir)
-                    raise BadInput(f"--track: {one_line(error)}") from None
+                    raise BadInput(f"--track: {one_line(error)}; WANDB_MODE=offline needs no account") from None
                 self.callback(wandb.finish)
             # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.
             shutil.rmtree(self.dir / "model", ignore_errors=True)

@@ -1187,21 +1187,18 @@ class Run(ExitStack):
         """Restores the learner, or makes the folder; opens the logs. The problems must be those that the run had."""
         self.learner, args = learner, self.args
         data = zlib.crc32(repr([x["row"] for x in problems]).encode(errors="surrogatepass"))
-        if args.track and RANK == 0:
-            import wandb
-
-            if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-                raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
         about = self.restore(data) if self.saved else self.make_dir() | {"data": data}
         if RANK == 0:
             if args.track:
+                import wandb
+
                 names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
                 try:
                     wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
                 except Exception as error:  # it has many kinds
                     if not self.saved:
                         shutil.rmtree(self.dir)
-                    raise BadInput(f"--track: {one_line(error)}") from None
+                    raise BadInput(f"--track: {one_line(error)}; WANDB_MODE=offline needs no account") from None
                 self.callback(wandb.finish)
             # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.
             shutil.rmtree(self.dir / "model", ignore_errors=True)

@@ -31,14 +31,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-import envpool
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import tyro
-from envpool.registration import registry
 from filelock import FileLock, Timeout
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
@@ -219,7 +217,10 @@ def make_envs(args, num_envs, key, render=False):
     sizes = dict(num_envs=num_envs, num_threads=max(1, min(num_envs, cores // LOCAL_WORLD_SIZE)))
     options = dict(env_type="gymnasium", episodic_life=True, reward_clip=True)
     options["render_mode"] = "rgb_array" if render else None
-    envs = envpool.make(find_game(args.env_id), seed=seeds, **options, **sizes)
+    game = find_game(args.env_id)
+    import envpool
+
+    envs = envpool.make(game, seed=seeds, **options, **sizes)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.NEXT_STEP
     return envs, envs.observation_space, envs.action_space
 
@@ -428,20 +429,17 @@ class Run(ExitStack):
     def begin(self, **parts):
         """Restores the parts (modules, optimizers) that checkpoints hold, or makes the folder; opens the logs."""
         self.parts, args = parts, self.args
+        about = self.restore() if self.saved else self.make_dir()
         if args.track:
             import wandb
 
-            if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-                raise BadInput("--track needs an account: type wandb login first, or set WANDB_MODE=offline")
-        about = self.restore() if self.saved else self.make_dir()
-        if args.track:
             names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
             try:
                 wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
             except Exception as error:  # it has many kinds
                 if not self.saved:
                     shutil.rmtree(self.dir)
-                raise BadInput(f"--track: {one_line(error)}") from None
+                raise BadInput(f"--track: {one_line(error)}; WANDB_MODE=offline needs no account") from None
             self.callback(wandb.finish)
         # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.
         (self.dir / "agent.pt").unlink(missing_ok=True)
@@ -630,6 +628,10 @@ def load_run(run_dir, name):
 
 def find_game(env_id):
     """EnvPool's name of a game; BadInput if there is none."""
+    try:
+        from envpool.registration import registry
+    except Exception as error:  # whatever a simulator, or what it imports, raises
+        raise BadInput(f"cannot import EnvPool: {one_line(error)}") from None
     games = {x.removesuffix("-v5").lower(): x for x, spec in registry.specs.items() if spec[0] == "envpool.atari"}
     name = re.sub("NoFrameskip-v4$", "-v5", env_id)
     if name not in games.values():

@@ -114,7 +114,7 @@ def test_the_exact_target_of_0_1_rewards_takes_from_the_majority_what_the_minori
 @pytest.mark.parametrize("low, high", [(0.0, 1.45), (0.0, 2.9), (0.0, 3.7), (0.52, 1.35), (0.8, 1.2)])
 def test_the_majority_is_held_at_a_ratio_of_exactly_one(low, high, monkeypatch):
     """In float32, too, and whatever the bounds: at ratio 1 the majority's share of the loss is 0, not a rounding."""
-    args = gbpo.Args(ratio_low=low, ratio_high=high)
+    args = gbpo.Args(baseline="median", ratio_low=low, ratio_high=high)
     kept = []
     monkeypatch.setattr(gbpo, "make_minibatch", lambda model, reference, groups, args: kept.extend(groups))
     gbpo.make_minibatches(None, None, [{"rewards": torch.tensor([1.0] * 19 + [0.0]).double()}], args)
