@@ -619,8 +619,9 @@ class Run(ExitStack):
         return str(self.dir)
 
     def stop_message(self):
-        command = shlex.join([sys.executable, os.path.abspath(__file__), "--resume", str(self.dir.resolve())])
-        return f"stopped at step {self.step}; go on with: {command}"
+        words = [sys.executable, os.path.abspath(__file__), "--resume", str(self.dir.resolve())]
+        words += ["--env-id", self.args.env_id] if ":" in self.args.env_id else []
+        return f"stopped at step {self.step}; go on with: {shlex.join(words)}"
 
 
 class Follower(Run):
@@ -697,10 +698,11 @@ def load_run(run_dir, name):
 def find_game(env_id):
     """EnvPool's name of a game; BadInput if there is none."""
     try:
-        from envpool.registration import registry
+        from envpool import registration
     except Exception as error:  # whatever a simulator, or what it imports, raises
         raise BadInput(f"cannot import EnvPool: {one_line(error)}") from None
-    games = {x.removesuffix("-v5").lower(): x for x, spec in registry.specs.items() if spec[0] == "envpool.atari"}
+    specs = registration.registry.specs.items()
+    games = {x.removesuffix("-v5").lower(): x for x, spec in specs if spec[0] == "envpool.atari"}
     name = re.sub("NoFrameskip-v4$", "-v5", env_id)
     if name not in games.values():
         title = re.sub(r"^ALE/|(Deterministic|NoFrameskip)?(-v\d+)?$", "", env_id).lower()

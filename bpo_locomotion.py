@@ -873,8 +873,9 @@ class Run(ExitStack):
         return str(self.dir)
 
     def stop_message(self):
-        command = shlex.join([sys.executable, os.path.abspath(__file__), "--resume", str(self.dir.resolve())])
-        return f"stopped at step {self.step}; go on with: {command}"
+        words = [sys.executable, os.path.abspath(__file__), "--resume", str(self.dir.resolve())]
+        words += ["--env-id", self.args.env_id] if ":" in self.args.env_id else []
+        return f"stopped at step {self.step}; go on with: {shlex.join(words)}"
 
 
 def say(text, end="\n"):

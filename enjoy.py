@@ -71,9 +71,9 @@ class Options:
     """of a legged robot: write its policy to RUN_DIR/policy.pt2 (torch.export), which needs no file of ours"""
 
 
-def load_agent(run_dir):
+def load_agent(run_dir, env_id=None):
     """A run's policy, a function: obs[..., O] -> action[..., A], arrays. ValueError if there is none."""
-    run = load(run_dir)
+    run = load(run_dir, env_id)
     envs, *spaces = run.script.make_envs(run.args, 1, 0)
     agent = make_agent(run, envs, *spaces)
     envs.close()
@@ -87,8 +87,8 @@ def act(agent, obs, stochastic=False):
     return np.asarray(agent.to_env(policy.sample() if stochastic else policy.mode))
 
 
-def load(run_dir):
-    """A run: dir, script (a module), args, the agent's weights and their file and step; BadInput if damaged."""
+def load(run_dir, env_id=None):
+    """A run, on its task or another: dir, script (a module), args, weights, their file and step; BadInput if damaged"""
     try:
         name = json.loads(Path(run_dir, "args.json").read_bytes())["script"]
     except Exception as error:  # damaged files raise many kinds
@@ -99,6 +99,9 @@ def load(run_dir):
     args, checkpoint = script.load_run(run_dir, file)
     if script not in CONTROL:
         args.device = "cpu"
+    if ":" in args.env_id and env_id is None:  # module:task, code that a file names is not run
+        raise BadInput(f"the task of {run_dir} is code of your own: if it is yours, add --env-id {args.env_id}")
+    args.env_id = env_id or args.env_id
     step = checkpoint.get("step", "")  # agent.pt has none
     return SimpleNamespace(dir=run_dir, script=script, args=args, weights=checkpoint["agent"], file=file, step=step)
 
@@ -118,8 +121,7 @@ def make_agent(run, envs, obs_space, action_space):
 
 def check(run_dir, options):
     """The run, with its agent, on its task or another one; BadInput if it cannot be played, or filmed, there."""
-    run = load(run_dir)
-    run.args.env_id = options.env_id or run.args.env_id
+    run = load(run_dir, options.env_id)
     envs, *spaces = run.script.make_envs(run.args, 1, 0)
     run.agent = make_agent(run, envs, *spaces)
     envs.close()

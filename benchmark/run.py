@@ -40,7 +40,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNERS = ("env_id", "seed", "output_dir", "resume")  # flags that the runner sets
-MACHINE = ("compile", "cuda_graphs", "device")  # flags that a resumed run takes from the suite
+MACHINE = ("compile", "cuda_graphs", "device", "env_id")  # flags that a resumed run takes from the suite
 HARMLESS = (*MACHINE, "checkpoint_seconds", "exp_name", "track", "wandb_project_name", "wandb_entity")
 os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
 

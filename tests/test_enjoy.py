@@ -429,6 +429,14 @@ def test_a_run_never_names_what_is_imported(run, capsys, tmp_path, monkeypatch):
     assert "is a run of 'evil'" in refused(capsys, folder)
     with pytest.raises(ValueError, match="is a run of 'evil'"):
         enjoy.load_agent(folder)
+    write_about(folder, script=bpo.SCRIPT)
+    args = json.loads((folder / "args.json").read_text())["args"]
+    write_about(folder, args=args | dict(env_id="evil:Task-v0", env_backend="gymnasium"))
+    assert "code of your own: if it is yours, add --env-id evil:Task-v0" in refused(capsys, folder)
+    with pytest.raises(ValueError, match="code of your own"):
+        enjoy.load_agent(folder)
+    assert "evil" not in sys.modules
+    play(folder, "--env-id", "probe_envs:Target-v0", "--max-steps", 5)
 
 
 # --- Atari and robots

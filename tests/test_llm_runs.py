@@ -454,15 +454,6 @@ def test_a_disk_that_is_full_when_the_model_is_saved_ends_with_one_line(saver, w
     assert resume(gbpo, run_dir) == str(run_dir) and (run_dir / "model").exists()
 
 
-def test_tracking_without_an_account_is_one_line(untaught, tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    asked = []
-    monkeypatch.setattr("wandb.login", lambda **options: asked.append(options))  # returns None: no key is known
-    with pytest.raises(gbpo.BadInput, match="--track needs an account: .* WANDB_MODE=offline"):
-        train(gbpo, tmp_path / "out", **untaught, track=True)
-    assert asked == [{"prompt": False}] and not list(tmp_path.iterdir())
-
-
 @SCRIPTS
 def test_what_wandb_refuses_is_one_line_that_costs_no_model(script, run, problems, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")

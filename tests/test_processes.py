@@ -97,8 +97,8 @@ def test_first_signal_ends_a_run_with_a_checkpoint(name, tmp_path):
     code, (message,) = end_of(pid, tmp_path)
     step = torch.load(run_dir / "checkpoint.pt")["step"]
     assert code == 1 and message.startswith(f"stopped at step {step}; go on with: ")
-    command = message.split("go on with: ")[1]
-    assert shlex.split(command) == [sys.executable, os.path.abspath(bpo.__file__), "--resume", str(run_dir)]
+    command, own = message.split("go on with: ")[1], ["--env-id", IMPORTABLE["env_id"]]
+    assert shlex.split(command) == [sys.executable, os.path.abspath(bpo.__file__), "--resume", str(run_dir), *own]
     assert read(run_dir / "metrics.csv")[-1]["step"] == step == len(read(run_dir / "episodes.csv"))
     assert not (run_dir / "agent.pt").exists()
     if name == "SIGHUP":  # pasted into a shell that stands elsewhere

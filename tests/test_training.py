@@ -313,7 +313,9 @@ def test_names_stay_legal_and_a_run_can_be_resumed_from_inside(script, tmp_path,
     run_dir = train(script, tmp_path, **settings, total_timesteps=60)
     assert run_dir.parent == tmp_path and re.fullmatch(r"probe_envs-Target-v0__[\w.-]+__5__[\d.]+", run_dir.name)
     monkeypatch.chdir(run_dir)
-    assert resume(script, ".", "--total-timesteps", "120") == "."
+    with pytest.raises(script.BadInput, match="if it is yours, add --env-id probe_envs:Target-v0"):
+        resume(script, ".", "--total-timesteps", "120")
+    assert resume(script, ".", "--env-id", "probe_envs:Target-v0", "--total-timesteps", "120") == "."
     assert len(read(run_dir / "episodes.csv")) == 128 and (run_dir / "agent.pt").exists()
     assert began[1::2] == ["finish"] * 2 and [x["id"] for x in began[::2]] == [run_dir.name] * 2
     assert began[0]["sync_tensorboard"] and began[0]["config"]["seed"] == 5 and "wandb" not in os.listdir()
