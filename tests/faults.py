@@ -26,8 +26,8 @@ BPO, PPO = (tuple(f"{x}_{y}" for y in ("continuous_action", "atari_envpool", "lo
 CONTINUOUS, ATARI, ROBOTS = zip(BPO, PPO)
 CONTROL, LLM = CONTINUOUS + ATARI + ROBOTS, ("gbpo_llm", "grpo_llm")
 TABULAR = ("brrl_tabular",)
-TESTS = dict.fromkeys(CONTROL, "objective training agents golden_values simulators bad_input")
-TESTS |= dict.fromkeys(LLM, "llm llm_runs golden_values") | {"brrl_tabular": "brrl_tabular"}
+TESTS = dict.fromkeys(CONTROL, "objective training agents golden_values simulators bad_input siblings")
+TESTS |= dict.fromkeys(LLM, "llm llm_runs golden_values siblings") | {"brrl_tabular": "brrl_tabular"}
 # Which tests run first: number of the fault -> file and words of their names; all others follow if they find nothing.
 FIRST = dict.fromkeys(("1", "4", "12", "15"), "objective literal_formulas") | {"11": "objective literal_formulas"}
 FIRST |= dict.fromkeys(("2", "3"), "objective corollary") | dict.fromkeys(("4b", "6", "7"), "objective gae")

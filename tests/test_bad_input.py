@@ -129,10 +129,10 @@ RESUME_DAMAGES = DAMAGES | {
 }
 
 
-@each(*CONTINUOUS)
+@each(BPO[0])
 @pytest.mark.parametrize("damage", [*RESUME_DAMAGES, "sibling's run"])
 def test_damaged_run_is_refused_in_one_line_and_stays_as_it_is(script, damage, tiny, tmp_path, monkeypatch):
-    run_dir = tiny(script if damage in RESUME_DAMAGES else CONTINUOUS[script is CONTINUOUS[0]])
+    run_dir = tiny(script if damage in RESUME_DAMAGES else CONTINUOUS[1])
     RESUME_DAMAGES.get(damage, lambda run: None)(run_dir)
     monkeypatch.chdir(tmp_path)  # an output would land here
     before = contents(tmp_path)
@@ -218,7 +218,7 @@ def test_bad_settings_are_refused(script):
             pytest.fail(f"{settings} are taken")
 
 
-@each(*CONTROL)
+@each(*BPO)
 def test_bad_settings_on_the_command_line_are_a_box_that_names_them(script, capsys):
     for settings in BAD[script]:
         if any(isinstance(x, tuple) for x in settings.values()):
@@ -373,7 +373,7 @@ def test_tracking_without_an_account_is_one_line(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-@each(*CONTROL)
+@each(BPO[0])
 def test_what_wandb_refuses_is_one_line_that_costs_no_agent(script, tmp_path, monkeypatch):
     probe_envs.play(script, monkeypatch, probe_envs.one_step)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -285,8 +285,8 @@ def test_a_complete_run_goes_on_if_asked_for_more(script, untaught, tmp_path, mo
     assert [row["step"] for row in read(run_dir / "metrics.csv")] == [64, 128]
 
 
-@SCRIPTS
-def test_two_processes_never_own_one_run(script, untaught, tmp_path, monkeypatch, capsys):
+def test_two_processes_never_own_one_run(untaught, tmp_path, monkeypatch, capsys):
+    script = gbpo
     make_minibatches, refused, code = script.make_minibatches, [], ["--reward-fn", *untaught["reward_fn"]]
 
     def intrude(*args):

@@ -1,4 +1,7 @@
-"""Runs of the scripts for control on scripted simulators: what is learned, counted, logged and resumed."""
+"""Runs of the scripts for control on scripted simulators: what is learned, counted, logged and resumed.
+
+What siblings share is run in BPO's scripts alone: test_siblings.py holds that PPO's have the same text.
+"""
 
 import dataclasses
 import itertools
@@ -133,7 +136,7 @@ def test_the_update_starts_from_the_policy_that_acted(script, tmp_path, monkeypa
     assert (column(rows, "losses/clipfrac") == 0).all() and rows[0]["ratio/high_mean"] > 1 + 1e-4  # the step moves it
 
 
-@each(*CONTROL)
+@each(*BPO)
 def test_rollouts_of_one_sample_count(script, tmp_path, monkeypatch):
     """Two steps of one environment whose episodes last one: a sample and a dummy."""
     play(script, monkeypatch, one_step)
@@ -211,7 +214,7 @@ def test_episodes_are_counted_across_rollouts_and_cut_ones_are_none(script):
 # --- schedules, metrics, files
 
 
-@each(*CONTROL)
+@each(*BPO)
 def test_linear_rate_is_what_is_left_of_the_run_when_an_iteration_starts(script, tmp_path, monkeypatch):
     play(script, monkeypatch, marked)
     run_dir = train(script, tmp_path, lr_schedule="linear", learning_rate=0.01, total_timesteps=150)
@@ -221,7 +224,7 @@ def test_linear_rate_is_what_is_left_of_the_run_when_an_iteration_starts(script,
     assert len(rows) > 3 and expected[-1] < 0.005
 
 
-@each(*CONTINUOUS, *ATARI)
+@each(*BPO[:2])
 def test_target_kl_ends_the_epochs(script, tmp_path, monkeypatch):
     play(script, monkeypatch, one_step)
     _, minibatches = recorded(script, monkeypatch)
@@ -333,7 +336,7 @@ def test_progress_line_shows_small_returns(script, tmp_path, monkeypatch, capsys
 # --- resuming
 
 
-@each(*CONTROL)
+@each(*BPO)
 def test_resumed_run_equals_an_unbroken_one(script, tmp_path, monkeypatch):
     """Episodes of one step, so that simulators which start anew change nothing: every later row must be the same."""
     keys = play(script, monkeypatch, one_step)
@@ -355,7 +358,7 @@ def test_resumed_run_equals_an_unbroken_one(script, tmp_path, monkeypatch):
     assert [key[:2] for key in keys] == [[1, 0], [1, 0], [1, total // 2]]
 
 
-@each(*CONTROL)
+@each(*BPO)
 def test_resuming_restores_every_tensor(script, tmp_path, monkeypatch):
     play(script, monkeypatch, one_step)
     run_dir = train(script, tmp_path, total_timesteps=40, lr_schedule="constant" if script in ATARI else "adaptive")
@@ -396,7 +399,7 @@ def test_a_complete_run_goes_on_if_asked_for_more_steps(script, tmp_path, monkey
         assert row["charts/mean_return_100"] == pytest.approx(mean, rel=1e-4)
 
 
-@each(*CONTROL)
+@each(*BPO)
 def test_two_processes_never_own_one_run(script, tmp_path, monkeypatch, capsys):
     """Neither a new run nor a resumed one can be resumed while it trains."""
     play(script, monkeypatch, one_step)
@@ -457,7 +460,7 @@ def test_first_observation_that_is_not_finite_is_named_before_anything_is_create
     assert not list(tmp_path.iterdir())
 
 
-@each(*CONTROL)
+@each(*BPO)
 def test_loss_that_breaks_is_named_and_the_checkpoint_kept(script, tmp_path, monkeypatch):
     play(script, monkeypatch, one_step)
     calls, policy_loss = [], script.policy_loss
@@ -472,7 +475,7 @@ def test_loss_that_breaks_is_named_and_the_checkpoint_kept(script, tmp_path, mon
     check_last_checkpoint(script, tmp_path, True)
 
 
-@each(*CONTROL)
+@each(*BPO)
 def test_weights_that_break_are_not_saved(script, tmp_path, monkeypatch):
     """One step of 1e38: no loss tells, and the weights are not finite."""
     play(script, monkeypatch, one_step)
