@@ -4,9 +4,9 @@
     python tests/faults.py 5 ppo_locomotion   the fault whose name begins with 5, in this script
 
 Each fault goes into a temporary copy: no script knows another, so it is put into all that have the line at once, and
-the tests that bear a script's name run until one fails. test_siblings.py, which compares texts, takes no part: it would
-find nearly every fault that is in one script only. Exit status 1 if a fault is not found, or if a script has no longer
-the text that it replaces.
+the tests that bear a script's name run until one fails. What they do not find is then put into that script alone, for
+test_siblings.py, which compares texts: what siblings share is mostly run in one of them only. Exit status 1 if a fault
+is not found, or if a script has no longer the text that it replaces.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ BPO, PPO = (tuple(f"{x}_{y}" for y in ("continuous_action", "atari_envpool", "lo
 CONTINUOUS, ATARI, ROBOTS = zip(BPO, PPO)
 CONTROL, LLM = CONTINUOUS + ATARI + ROBOTS, ("gbpo_llm", "grpo_llm")
 TABULAR = ("brrl_tabular",)
-TESTS = dict.fromkeys(CONTROL, "objective training agents golden_values simulators bad_input siblings")
-TESTS |= dict.fromkeys(LLM, "llm llm_runs golden_values siblings") | {"brrl_tabular": "brrl_tabular"}
+TESTS = dict.fromkeys(CONTROL, "objective training agents golden_values simulators bad_input")
+TESTS |= dict.fromkeys(LLM, "llm llm_runs golden_values") | {"brrl_tabular": "brrl_tabular"}
 # Which tests run first: number of the fault -> file and words of their names; all others follow if they find nothing.
 FIRST = dict.fromkeys(("1", "4", "12", "15"), "objective literal_formulas") | {"11": "objective literal_formulas"}
 FIRST |= dict.fromkeys(("2", "3"), "objective corollary") | dict.fromkeys(("4b", "6", "7"), "objective gae")
@@ -49,6 +49,7 @@ HEAVY = "envpool gymnasium hypothesis matplotlib.pyplot scipy.optimize torch.dis
 HEAVY += "transformers.models.qwen2.modeling_qwen2 transformers.models.auto.modeling_auto "
 HEAVY += "tensorboard.backend.event_processing.event_accumulator transformers tyro wandb datasets"
 
+QUIET = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
 CLIP = "(x * (args.max_grad_norm / (x.norm() + 1e-6)).clamp(max=1.0)).flatten() for x in gradients"
 LOCK = 'self.enter_context(FileLock(self.dir / "lock", timeout=0))'
 RATE = "args.learning_rate * (1 - state.step / args.total_timesteps)"
@@ -204,9 +205,9 @@ def find(case):
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", "results"))
-        first = First(scripts)
+        first, whole = First(scripts), {x: (copy / f"{x}.py").read_text() for x in scripts}
         for script in scripts:
-            text = (copy / f"{script}.py").read_text()
+            text = whole[script]
             for old, new in zip(texts[::2], texts[1::2]):
                 if old not in text:
                     first.found[script] = f"NOT FOUND: the script has no longer {old}"
@@ -220,8 +221,14 @@ def find(case):
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             for file, words in runs:
                 if not all(first.found.values()):
-                    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", "-k", words]
-                    pytest.main([*options, f"tests/test_{file}.py"], plugins=[first])
+                    pytest.main([*QUIET, "-k", words, f"tests/test_{file}.py"], plugins=[first])
+            for script in [x for x in scripts if not first.found[x]]:
+                faulty = (copy / f"{script}.py").read_text()
+                for other, text in whole.items():
+                    (copy / f"{other}.py").write_text(faulty if other == script else text)
+                status = pytest.main([*QUIET, "-k", "share or same", "tests/test_siblings.py"])
+                if status == pytest.ExitCode.TESTS_FAILED:
+                    first.found[script] = "test_siblings.py, in this script alone"
         os.chdir(ROOT)
         return name, {script: test or "NOT FOUND" for script, test in first.found.items()}
 
