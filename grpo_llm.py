@@ -598,19 +598,20 @@ def make_problems(args, tokenizer):
 
 # A completion is untrusted text: it is matched by bounded expressions, or given seconds of math-verify; never run.
 WIDE = {i + 0xFEE0: i for i in range(33, 127)} | dict.fromkeys(map(ord, "−–"), "-")  # full-width characters
-TEXT = r"\\(?:text|math|mbox)(?:rm|bf|it)? ?"
+TEXT = r"\\(?:text|math|mbox|underline)(?:rm|bf|it)? ?"
 # What follows a number without being its unit: words for numbers, and variables.
 ORDINAL = "third|quarter|(?:four|fif|six|seven|eigh|nin|ten|twelf)th"
 NUMERAL = rf"[a-z]*illion|hundred|thousand|dozen|hal[fv]|{ORDINAL}|squared|cubed|factorial|bn|lakh|crore"
-NO_UNIT = rf"(?:.*[ ./])?(?:{NUMERAL}|(?:[a-fikx-z]|pi|or|and|mod|base)\b)"
-BARE_UNIT = "[cmk]m|kg|degrees?|dollars?|cents?|units?|inches|feet|miles?|hours?|minutes?|days?|years?"
-UNIT = rf"{TEXT}\{{ ?(?!{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|(?<= ){BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
+NO_UNIT = rf"(?:.*[ ./])?(?:{NUMERAL}|(?:[a-fikx-z]|pi|or|and|mod|base|plus|minus|times|over|point)\b)"
+BARE_UNIT = rf"(?<=[\d ])(?:[cmk]m|kg)|(?<= )(?!{NO_UNIT})[a-z]{{4,20}}"
+UNIT = rf"{TEXT}\{{ ?(?!{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|{BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
 PLAIN = [
     (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
     (r"\{,\}", ","),
     (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),  # spaces, and what is like one
-    (r" ?\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?", r" \1\2/\3\4 "),
-    (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # x = 5
+    (r" ?\\[dtc]?frac ?(?:\{ ?(-?[0-9,]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?", r" \1\2/\3\4 "),
+    (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\(\w+\))?(?: ?[+-] ?[a-zA-Z])* ?= ?", ""),  # x = 5
+    (rf"^ ?(?:{TEXT}\{{)?\([A-E]\)\}}? ?(?=.)", ""),  # the letter of a choice
     (rf"(?<=[\w}}) ])(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$", ""),
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
 ]
@@ -1274,14 +1275,14 @@ class Run(ExitStack):
             self.writer.add_text(f"completions/{i}", "    " + line, step)
         live, left = os.isatty(1), max(self.args.total_timesteps - step, 0) / sps
         if live or time.time() - self.line_time > 30:
-            line = f"step {step}, {sps:.0f} completions/s, reward {metrics['reward']:.3f}, {left:.0f} s left    "
+            line = f"step {step}, {sps:.0f} completions/s, reward {metrics['reward']:.4g}, {left:.0f} s left    "
             say(line, end="\r" if live else "\n")
             self.line_time = time.time()
 
     def log_evaluation(self, result):
         """result: figure -> number, of held-out problems."""
         where = "training problems" if self.args.dataset and not self.args.eval_dataset else "held-out"
-        text = ", ".join(f"{name} {x:.3f}" for name, x in result.items())
+        text = ", ".join(f"{name} {x:.4g}" for name, x in result.items())
         say(f"step {self.step}, {where}: {text.replace('pass@1', 'reward') if self.args.reward_fn else text}")
         if RANK == 0:
             self.write("evaluations.csv", self.step, result)
