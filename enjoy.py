@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -99,8 +100,9 @@ def load(run_dir, env_id=None):
     args, checkpoint = script.load_run(run_dir, file)
     if script not in CONTROL:
         args.device = "cpu"
-    if ":" in args.env_id and env_id is None:  # module:task, code that a file names is not run
-        raise BadInput(f"the task of {run_dir} is code of your own: if it is yours, add --env-id {args.env_id}")
+    if ":" in args.env_id and not env_id:  # module:task, code that a file names is not run
+        task = shlex.quote(args.env_id)
+        raise BadInput(f"the task of {run_dir} is code of your own: if it is yours, add --env-id {task}")
     args.env_id = env_id or args.env_id
     step = checkpoint.get("step", "")  # agent.pt has none
     return SimpleNamespace(dir=run_dir, script=script, args=args, weights=checkpoint["agent"], file=file, step=step)

@@ -600,20 +600,21 @@ def make_problems(args, tokenizer):
 WIDE = {i + 0xFEE0: i for i in range(33, 127)} | dict.fromkeys(map(ord, "−–"), "-")  # full-width characters
 TEXT = r"\\(?:text|math|mbox|underline)(?:rm|bf|it)? ?"
 # What follows a number without being its unit: words for numbers, and variables.
-ORDINAL = "third|quarter|(?:four|fif|six|seven|eigh|nin|ten|twelf)th"
+ORDINAL = "third|quarter|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie)th"
 NUMERAL = rf"[a-z]*illion|hundred|thousand|dozen|hal[fv]|{ORDINAL}|squared|cubed|factorial|bn|lakh|crore"
-NO_UNIT = rf"(?:.*[ ./])?(?:{NUMERAL}|(?:[a-fikx-z]|pi|or|and|mod|base|plus|minus|times|over|point)\b)"
-BARE_UNIT = rf"(?<=[\d ])(?:[cmk]m|kg)|(?<= )(?!{NO_UNIT})[a-z]{{4,20}}"
+NO_UNIT = rf"(?:.*[ ./])?(?:{NUMERAL}|(?:[a-fikx-z]|pi|or|and|mod|base|binary|repeating|less|more)\b)"
+BARE_UNIT = r"(?<=[\d ])(?:[cmk]m|kg)|(?<= )(?:grams?|met(?:er|re)s?|degrees?|dollars?|cents?|inches|feet|miles?"
+BARE_UNIT += "|(?:square |cubic )?units?|percent|seconds?|minutes?|hours?|days?|weeks?|months?|years?)"
 UNIT = rf"{TEXT}\{{ ?(?!{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|{BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
 PLAIN = [
     (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
     (r"\{,\}", ","),
     (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),  # spaces, and what is like one
-    (r" ?\\[dtc]?frac ?(?:\{ ?(-?[0-9,]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?", r" \1\2/\3\4 "),
-    (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\(\w+\))?(?: ?[+-] ?[a-zA-Z])* ?= ?", ""),  # x = 5
-    (rf"^ ?(?:{TEXT}\{{)?\([A-E]\)\}}? ?(?=.)", ""),  # the letter of a choice
+    (r" ?\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?", r" \1\2/\3\4 "),
+    (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # x = 5
     (rf"(?<=[\w}}) ])(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$", ""),
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
+    (r"^ *\([A-E]\) *(?=[-+]? ?[\d.,/ ]+$)", ""),  # the letter of a choice
 ]
 NUMBER = re.compile(
     r"([+-]?) ?(?:([0-9]{1,40}) (?=[0-9]+/))?"  # the sign; the whole part of a mixed number
@@ -1191,10 +1192,10 @@ class Run(ExitStack):
         about = self.restore(data) if self.saved else self.make_dir() | {"data": data}
         if RANK == 0:
             if args.track:
-                import wandb
-
                 names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
                 try:
+                    import wandb
+
                     wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
                 except Exception as error:  # it has many kinds
                     if not self.saved:
@@ -1388,7 +1389,7 @@ def read_args(words):
     """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
+    parser.add_argument("--resume", nargs="?")
     parser.add_argument("--reward-fn", "--reward_fn", nargs="+", default=())
     typed = parser.parse_known_args(words)[0]
     if typed.resume is None:

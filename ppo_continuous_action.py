@@ -459,10 +459,10 @@ class Run(ExitStack):
         self.parts, args = parts, self.args
         about = self.restore() if self.saved else self.make_dir()
         if args.track:
-            import wandb
-
             names = dict(project=args.wandb_project_name, entity=args.wandb_entity, id=self.dir.resolve().name)
             try:
+                import wandb
+
                 wandb.init(**names, config=vars(args), dir=self.dir, resume="allow", sync_tensorboard=True)
             except Exception as error:  # it has many kinds
                 if not self.saved:
@@ -651,8 +651,8 @@ def read_args(words):
     if any(word.startswith(("--evaluate", "--capture")) for word in words):
         raise BadInput("to evaluate and film a run: python enjoy.py RUN_DIR --video")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume")
-    parser.add_argument("--env-id", "--env_id")
+    parser.add_argument("--resume", nargs="?")
+    parser.add_argument("--env-id", "--env_id", nargs="?")
     typed = parser.parse_known_args(words)[0]
     if typed.resume is None:
         return tyro.cli(Args, args=words)

@@ -40,7 +40,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNERS = ("env_id", "seed", "output_dir", "resume")  # flags that the runner sets
-MACHINE = ("compile", "cuda_graphs", "device", "env_id")  # flags that a resumed run takes from the suite
+MACHINE = ("compile", "cuda_graphs", "device")  # flags of the suite for resumed runs
 HARMLESS = (*MACHINE, "checkpoint_seconds", "exp_name", "track", "wandb_project_name", "wandb_entity")
 os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
 
@@ -53,17 +53,17 @@ class BadInput(ValueError):
 class Args:
     suite: Annotated[Path | None, tyro.conf.Positional] = None  # TOML; without it, the next six describe the sweep
     tasks: tuple[str, ...] = ()  # task names; with a suite: only these
-    seeds: int | None = None  # how many, from 1 (default: 3); with a suite: only those up to this one
+    seeds: int | None = None  # how many (default: 3); with a suite: those up to this one
     name: str = "sweep"  # folder of the sweep
     scripts: tuple[str, ...] = ("bpo_continuous_action.py",)  # training scripts
     total_timesteps: int | None = None  # environment steps per run
     flags: tuple[str, ...] = ()  # flags of the scripts, name=value,value,...: each combination is a variant
     workers: int = os.cpu_count()  # runs at a time
     output_dir: Path = Path("runs")  # receives the sweep's folder
-    dry_run: bool = False  # print the commands that are left to do, and start nothing
-    cluster: Literal["slurm", "local"] | None = None  # submit through submitit; local: processes of this machine
+    dry_run: bool = False  # print the commands left to do, start nothing
+    cluster: Literal["slurm", "local"] | None = None  # through submitit; local: processes here
     cluster_options: tuple[str, ...] = ()  # submitit's parameters: timeout_min=600 slurm_partition=cpu mem_gb=4
-    allow_script: tuple[Path, ...] = ()  # scripts not of the project that may be imported and run
+    allow_script: tuple[Path, ...] = ()  # scripts that may be run though not of the project
 
 
 class Variant(BaseModel, extra="forbid", strict=True, hide_input_in_errors=True):
@@ -108,7 +108,8 @@ class Run:
     def command(self):
         flags = self.flags
         if folders := self.folders("checkpoint.pt"):
-            flags = {x: flags[x] for x in MACHINE if x in flags} | {"resume": folders[-1]}
+            kept = MACHINE + ("env_id",) * (":" in flags["env_id"])  # code must be named again
+            flags = {x: flags[x] for x in kept if x in flags} | {"resume": folders[-1]}
         return [sys.executable, str(self.script), *words(flags)]
 
     def check_settings(self, defaults):
@@ -151,7 +152,7 @@ class Run:
     def start(self):
         """Starts the process. It inherits the open lock, which is thus held until both it and the runner are gone."""
         for folder in set(self.folders()) - set(self.folders("checkpoint.pt")):
-            shutil.rmtree(folder)  # killed before its first checkpoint: nothing to resume
+            shutil.rmtree(folder)  # no checkpoint: nothing to resume
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
         options = dict(stdin=subprocess.DEVNULL, env=os.environ | threads, pass_fds=[self.lock])
         options |= dict(preexec_fn=lambda: prepare_process(self.cores))

@@ -4,9 +4,9 @@
     python tests/faults.py 5 ppo_locomotion   the fault whose name begins with 5, in this script
 
 Each fault goes into a temporary copy: no script knows another, so it is put into all that have the line at once, and
-the tests that bear a script's name run until one fails. What they do not find is then put into that script alone, for
-test_siblings.py, which compares texts: what siblings share is mostly run in one of them only. Exit status 1 if a fault
-is not found, or if a script has no longer the text that it replaces.
+the tests that bear a script's name run until one fails. What siblings share is mostly run in BPO's scripts only: what
+is found there and not in PPO's is put into PPO's alone, for test_siblings.py, which compares texts. Exit status 1 if a
+fault is not found, or if a script has no longer the text that it replaces.
 """
 
 import contextlib
@@ -199,6 +199,11 @@ class First:
             self.found[script] = report.nodeid.removeprefix("tests/")
 
 
+def sibling(script):
+    """The script in which the tests of shared text run."""
+    return script.replace("ppo_", "bpo_").replace("grpo_", "gbpo_")
+
+
 def find(case):
     """For each script, the test that finds its fault or why none does. It runs in a process that ends with it."""
     name, scripts, *texts = case
@@ -222,10 +227,10 @@ def find(case):
             for file, words in runs:
                 if not all(first.found.values()):
                     pytest.main([*QUIET, "-k", words, f"tests/test_{file}.py"], plugins=[first])
-            for script in [x for x in scripts if not first.found[x]]:
-                faulty = (copy / f"{script}.py").read_text()
+            faulty = {x: (copy / f"{x}.py").read_text() for x in scripts}
+            for script in [x for x in scripts if not first.found[x] and first.found.get(sibling(x))]:
                 for other, text in whole.items():
-                    (copy / f"{other}.py").write_text(faulty if other == script else text)
+                    (copy / f"{other}.py").write_text(faulty[other] if other == script else text)
                 status = pytest.main([*QUIET, "-k", "share or same", "tests/test_siblings.py"])
                 if status == pytest.ExitCode.TESTS_FAILED:
                     first.found[script] = "test_siblings.py, in this script alone"
@@ -235,6 +240,7 @@ def find(case):
 
 def main(words):
     numbers, chosen = [x for x in words if x[0].isdigit()], [x for x in words if not x[0].isdigit()]
+    chosen += [sibling(x) for x in chosen]
     cases = [
         (name, [x for x in scripts if not chosen or x in chosen], *texts)
         for name, places in FAULTS.items()

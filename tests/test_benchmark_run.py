@@ -339,7 +339,7 @@ def test_dry_run_prints_the_commands_of_what_is_left(stub, tmp_path, here):
         (folder / file).touch()
     _, output, errors = here(*options)
     assert errors == ["9 runs, 1 complete, 1 to resume, 7 to start"]
-    resumed = f"{sys.executable} {stub} --no-compile --env-id a --resume {folder}\n"
+    resumed = f"{sys.executable} {stub} --no-compile --resume {folder}\n"
     assert len(output.splitlines()) == 8 and resumed in output
 
 

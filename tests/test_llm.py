@@ -94,6 +94,7 @@ def test_bounds_that_are_not_symmetric_compare_with_their_quantile():
 @given(rewards_strategy, st.sampled_from([(0.8, 1.2), (0.0, 4.0), (0.5, 1.1)]), st.sampled_from([1e-4, 0.3]))
 def test_over_the_exact_baseline_every_groups_targets_average_to_one(rewards, bounds, temperature):
     """Also as a minibatch holds them, in float32: Theorem 4.1 and Corollary 4.7."""
+    assert gbpo.Args().baseline == "exact"
     args = gbpo.Args(baseline="exact", ratio_low=bounds[0], ratio_high=bounds[1], target_temperature=temperature)
     groups = [{"rewards": torch.tensor(group).double()} for group in rewards]
     kept = []
