@@ -44,9 +44,9 @@ COLOURS, PANELS = CONFIG["colours"], CONFIG["panels"]
 @dataclass
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # folders of runs, or that hold such, or of earlier reports
-    output: Path = Path("benchmark/results")  # folder for table.md, curves.png, curves.csv, summary.csv, ...
+    output: Path = Path("benchmark/results")  # folder for table.md, curves.png, ...
     baseline: str | None = None  # the group that others are compared with; default: the one named default, else PPO's
-    interval: int | None = None  # steps between points of a curve; default: a hundredth of the shortest run
+    without_noise: bool = False  # compare returns that enjoy.py recorded, not training's
     aggregate: bool = False  # compare groups over all tasks, too, by scores over published ones: aggregate.png
 
 
@@ -76,6 +76,8 @@ def read_run(folder):
             raise ValueError("no episode has ended" if name == "episodes" else f"{name}.csv is empty")
         if name != "metrics" and tables[name].isna().any(axis=None):
             raise ValueError(f"{name}.csv is damaged")
+    if (path := folder / "evaluations.csv").exists() and kind != "llm":
+        tables["played"] = pd.read_csv(path)
     return about, tables
 
 
@@ -83,13 +85,14 @@ def summarise(about, tables):
     """Figures of a run besides its curves: name -> number."""
     table, task = tables["metrics"], about["args"]["env_id"]
     summary = {name: table[name].mean() for name in ("ratio/out_of_bounds", "losses/kl") if name in table}
-    if "theory/improvement_bound" in table:
-        summary["improvement_bound_positive"] = (table["theory/improvement_bound"] > 0).mean()
     if "charts/SPS" in table:
         summary["training_seconds"] = (table["step"] / table["charts/SPS"]).iloc[-1]
     if "episodes" in tables and task.startswith("Hopper"):  # it can stand still and collect the survival bonus
         last = tables["episodes"][-WINDOW:].mean()
         summary["caught"] = float(last["return"] < 1500 and last["length"] > 900)
+    if "played" in tables:
+        played = tables["played"].query("agent == 'agent.pt' and not stochastic and env_id == @task")
+        summary["without_noise"] = played["mean"].tail(1).mean()
     if "evaluations" in tables:
         summary["largest_ratio"] = table["ratio/max"].max()
     return summary
@@ -137,7 +140,7 @@ def make_curves(tables, grid):
         then = table.iloc[np.searchsorted(table["step"], points["step"])].reset_index().where(points["step"] > 0)
         return points.assign(ratio_max=then["ratio/max"], out_of_bounds=then["ratio/out_of_bounds"])
     if len(grid) == 0 or grid[-1] < tables.get("episodes", table)["step"].iloc[0]:
-        raise ValueError("nothing had ended by a point of the curve: see --interval")
+        raise ValueError("nothing had ended by a point of the curve")
     if "episodes" in tables:
         steps, returns = tables["episodes"][["step", "return"]].to_numpy().T
         return pd.DataFrame({"step": grid, "return": curve(steps, returns, grid)})
@@ -210,7 +213,7 @@ def collect(args):
             curves, summaries = [*curves, points], [*summaries, runs]
             settings |= {task: settings.get(task, {}) | groups for task, groups in theirs.items()}
     earlier = pd.concat([pd.DataFrame(columns=[*KEYS, "step"]), *curves])
-    interval = args.interval or choose_interval([about["args"]["total_timesteps"] for _, about, _ in new])
+    interval = choose_interval([about["args"]["total_timesteps"] for _, about, _ in new])
     for folder, about, tables in new:
         task, commit = about["args"]["env_id"], about.get("commit") or ""
         if len(earlier) and variant(folder, about) is None:
@@ -224,7 +227,7 @@ def collect(args):
             made_by = {"script": about["script"], "commit": commit[:12] + "-dirty" * commit.endswith("-dirty")}
             summaries.append(pd.DataFrame([run | made_by | figures]))
     if not curves:
-        stop("no finished run among the folders given")
+        stop("no finished run there")
     summary = pd.concat(summaries).sort_values(KEYS).fillna({"script": "", "commit": ""})
     if len(twice := summary[summary.duplicated(KEYS)]):
         stop(f"two runs of {twice['group'].iloc[0]} with seed {twice['seed'].iloc[0]}: leave one out")
@@ -301,7 +304,7 @@ def complete_table(table, runs, references):
         ours = ends[~reference].min()
         ends = ends.clip(upper=ours).where(reference, ours)
     table = table.assign(end=table["group"].map(ends))
-    if reference.any():  # at one pace, as the rates of a resumed run are those of its last process
+    if reference.any():  # rates of a resumed run are its last process's
         pace = figure(runs.set_index(["group", "seed"]), "training_seconds") / lasts
         table["hours"] = table["step"] * pace.loc[[*zip(table["group"], table["seed"])]].to_numpy() / 3600
     return table
@@ -328,19 +331,21 @@ def llm_cells(curves, runs, rng):
     return cells | {"out of bounds": f"{figure(runs, 'ratio/out_of_bounds').mean(skipna=False):.1%}"}
 
 
-def group_rows(task, table, runs, baseline, tables, rng):
+def group_rows(task, table, runs, baseline, tables, rng, without_noise):
     """Adds a task's groups to the tables, rows by name; returns the ends."""
     name, llm = next(name for name in PANELS if name in table), "ratio_max" in table
     ends, curves = ends_of(table, name), table.pivot(index=["group", "seed"], columns="step", values=name)
     digits = 3 if llm else int(ends.abs().max() < 100)
     show, steps = f"{{:.{digits}f}}".format, table.groupby("group")["end"].first()
     (paper, elsewhere), game = read_published(), task.replace("NoFrameskip-v4", "-v5")
+    if without_noise:
+        ends, paper = runs.set_index(["group", "seed"])["without_noise"].dropna(), {}
     for group, last in ends.groupby("group"):
         last, own, row = last.to_numpy(), runs[runs["group"] == group], {"task": task, "group": group}
         count, step, script = len(last), steps[group], own["script"].iloc[0]
         cells = {"seeds": count, "steps": step, "mean (95%)": estimate(digits, *mean_interval(rng, last), count)}
         iqm = rliable_interval(metrics.aggregate_iqm, last[:, None])
-        cells |= {"IQM (95%)": estimate(digits, *iqm, count), "std": show(pd.Series(last).std())}
+        cells["IQM (95%)"] = estimate(digits, *iqm, count)
         worst = np.sort(last)[: math.ceil(count / 4)].mean() if count >= 4 else np.nan
         cells |= {"worst quarter": show(worst), "caught": f"{figure(own, 'caught').mean(skipna=False):.0%}"}
         cells |= llm_cells(curves.loc[group].dropna(axis=1), own, rng) if llm else {}
@@ -368,12 +373,8 @@ def seed_rows(ends):
         less = (ends[gbpo] - ends[group]).dropna() if gbpo in ends.index and group != gbpo else ()
         if len(less) > 1:
             cell = estimate(3, less.mean(), *ttest_1samp(less, 0).confidence_interval())
-            row = {
-                f"{ends.name} at the end, seed by seed": f"{gbpo} less {group}",
-                "seeds": len(less),
-                "mean (95%)": cell,
-            }
-            yield row | {"each": ", ".join(f"{x:.2f}" for x in less)}
+            row = {f"{ends.name} at the end, seed by seed": f"{gbpo} less {group}", "seeds": len(less)}
+            yield row | {"mean (95%)": cell, "each": ", ".join(f"{x:.2f}" for x in less)}
 
 
 def markdown(rows):
@@ -412,7 +413,7 @@ def by_setting(table):
 def draw_curves(axis, table, name, looks, rng, x):
     """Mean of each group's runs, and its interval, or up to FEW runs each."""
     for group, runs in table.groupby("group"):
-        runs = runs.assign(point=runs.groupby("seed").cumcount())  # language models have points at different steps
+        runs = runs.assign(point=runs.groupby("seed").cumcount())  # their points may be at different steps
         wide = runs.pivot(index="seed", columns="point", values=[x, name])
         steps, values = wide[x].mean().to_numpy(), wide[name].to_numpy()  # [K], [S, K]
         style, (mean, *sides) = line(*looks[group]), mean_interval(rng, values)
@@ -541,13 +542,13 @@ def to_csv(table, digits):
 
 def main(args):
     """Makes the report."""
-    if args.interval is not None and args.interval < 1:
-        stop("--interval must be at least 1")
     matplotlib.use("Agg")
-    warnings.simplefilter("ignore", DegenerateDataWarning)  # of missing figures
+    warnings.simplefilter("ignore", DegenerateDataWarning)
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
-    np.random.seed(0)  # rliable draws from this generator, whatever random_state it is given
+    np.random.seed(0)  # rliable draws from it, whatever random_state it has
     curves, summary, settings = collect(args)
+    if args.without_noise and "without_noise" not in summary:
+        stop("no agent was evaluated: see enjoy.py")
     methods = {x: method(x, script) for x, script in summary.groupby("group")["script"].first().items()}
     usual = ["default"] * ("default" in methods) + [x for x in methods if methods[x] == "ppo"]
     baseline = args.baseline or next(iter(usual), "none")
@@ -561,7 +562,7 @@ def main(args):
     tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published", "elsewhere")}, {}
     rng = np.random.default_rng(0)
     for task, table in tasks.items():
-        ends[task] = group_rows(task, table, runs[task], baseline, tables, rng)
+        ends[task] = group_rows(task, table, runs[task], baseline, tables, rng, args.without_noise)
         tables["pairs"] += seed_rows(ends[task]) if "ratio_max" in table else []
     looks = looks_of({x: methods[y] for x, y in zip(by_setting(summary)["group"], summary["group"])}, references)
     points = pd.concat(tasks.values())
@@ -570,7 +571,7 @@ def main(args):
         "curves.csv": to_csv(curves, 6),
         "summary.csv": to_csv(summary, 8),
     }
-    if "hours" in points:  # at equal steps: runs of a group differ in pace, and must in nothing else
+    if "hours" in points:  # as paces differ
         timed = points[points["step"] <= points["end"]].dropna(subset="hours")
         files["hours.png"] = draw_all(timed, summary, looks, rng, "hours")
     if args.aggregate:

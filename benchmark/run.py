@@ -407,4 +407,4 @@ if __name__ == "__main__":
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("stopped before anything was started")
+        sys.exit("stopped before any start")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import re
 import resource
 import sys
 from pathlib import Path
@@ -67,11 +68,10 @@ def make_robot_run(folder, script, seed, returns, task="Go1-v1", **settings):
 def run_report(*arguments, interval=50, draws=100):
     """What the command prints, and its exit status; in this process, as imports take longer than all else."""
     output, errors, status = io.StringIO(), io.StringIO(), 0
-    words = [*(["--interval", interval] if interval else []), *arguments]
-    few_draws = patch.object(report, "DRAWS", draws)
+    few_draws = patch.multiple(report, DRAWS=draws, **{"choose_interval": lambda _: interval} if interval else {})
     with few_draws, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
-            report.main(tyro.cli(report.Args, args=list(map(str, words))))
+            report.main(tyro.cli(report.Args, args=list(map(str, arguments))))
         except SystemExit as end:
             status = end.code
     return SimpleNamespace(returncode=status, stdout=output.getvalue(), stderr=errors.getvalue())
@@ -211,7 +211,7 @@ def test_report_groups_runs_and_skips_what_it_cannot_read(tmp_path):
     assert rows[1:5] == [f"{group},1,50,1", f"{group},1,100,4", f"{group},2,50,5", f"{group},2,100,6"]
     assert "| Task-v0 | BPO clip_coef=0.3 | 2 | 100 | 5.0 (" in (tmp_path / "out" / "table.md").read_text()
     summary = (tmp_path / "out" / "summary.csv").read_text().splitlines()
-    assert summary[1] == "Task-v0,BPO clip_coef=0.3,1,bpo_continuous_action,abc,0.2,0.015,0.5,5"
+    assert summary[1] == "Task-v0,BPO clip_coef=0.3,1,bpo_continuous_action,abc,0.2,0.015,5"
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -244,13 +244,31 @@ def test_bad_input_is_one_line_and_creates_nothing(tmp_path):
     for words in (
         [tmp_path / "a", tmp_path / "b"],
         [],
-        [tmp_path / "a", "--interval", 0],
+        [tmp_path / "a", "--without-noise"],
         [tmp_path / "a", "--output", tmp_path / "file"],
         [tmp_path / "a", "--aggregate"],
     ):
         done = run_report("--output", tmp_path / "out", *words)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_agents_are_compared_by_what_enjoy_recorded_of_them_without_noise(tmp_path):
+    """The last row of agent.pt on the run's task, deterministic; runs that have none take no part."""
+    header, no_row = "agent,env_id,stochastic,mean\n", "checkpoint.pt,Task-v0,False,1\nagent.pt,Task-v0,True,2\n"
+    for seed, (ours, theirs) in enumerate([(70, 40), (80, 50), (None, None)]):
+        for script, mean in (("bpo_continuous_action", ours), ("ppo_continuous_action", theirs)):
+            run = make_run(tmp_path / f"{script[:3]}__Task-v0__{seed}" / "run", script, seed=seed)
+            own = f"agent.pt,Task-v0,False,3\nagent.pt,Task-v0,False,{mean}\nagent.pt,Other-v0,False,4\n"
+            (run / "evaluations.csv").write_text(header + (own if mean else "") + no_row)
+    done = run_report(tmp_path, "--without-noise", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\| bpo \| 2 \| 100 \| 75.0 .*\| 70.0, 80.0 \|", done.stdout)
+    assert re.search(r"\| ppo \| 2 \| 100 \| 45.0 .*\| 40.0, 50.0 \|", done.stdout)
+    assert "| bpo | 30.0 (" in done.stdout
+    assert "| bpo | 3 | 100 | 4.0 (" in run_report(tmp_path, "--output", tmp_path / "out").stdout
+    again = run_report(tmp_path / "out", "--without-noise", "--output", tmp_path / "again")
+    assert again.stdout == done.stdout
 
 
 # --- settings
@@ -453,11 +471,9 @@ def test_language_models_have_means_intervals_and_largest_ratios(tmp_path):
     done = run_report(*runs, tmp_path / "unfinished", "--output", tmp_path / "out")
     assert done.returncode == 0 and "skipped" in done.stderr
     assert "seed by seed" not in done.stdout  # one seed in common
-    ours = (
-        "| 2 | 20 | 0.750 (0.700 to 0.800) | 0.750 (0.700 to 0.800) | 0.071 | 0.500 | 0.750 | 13.50 (13.00 to 14.00) |"
-    )
+    ours = "| 2 | 20 | 0.750 (0.700 to 0.800) | 0.750 (0.700 to 0.800) | 0.500 | 0.750 | 13.50 (13.00 to 14.00) |"
     assert f"| addition | GBPO (0.5, 10 epochs) {ours} 25.0% | 0.700, 0.800 |" in done.stdout
-    assert "| 1 | 20 | 0.400 | 0.400 | - | 0.500 | 0.500 | 11.50 | 25.0% | 0.400 |" in done.stdout
+    assert "| 1 | 20 | 0.400 | 0.400 | 0.500 | 0.500 | 11.50 | 25.0% | 0.400 |" in done.stdout
     rows = (tmp_path / "out" / "curves.csv").read_text().splitlines()
     assert rows[0] == "task,group,seed,step,pass@1,ratio_max,out_of_bounds" and len(rows) == 7
     assert 'addition,"GBPO (0.5, 10 epochs)",2,20,0.8,14,0.5' in rows
