@@ -285,8 +285,8 @@ def test_a_complete_run_goes_on_if_asked_for_more(script, untaught, tmp_path, mo
     assert [row["step"] for row in read(run_dir / "metrics.csv")] == [64, 128]
 
 
-def test_two_processes_never_own_one_run(untaught, tmp_path, monkeypatch, capsys):
-    script = gbpo
+@pytest.mark.parametrize("script", [gbpo], ids=["gbpo"])  # grpo_llm.py has the same text
+def test_two_processes_never_own_one_run(script, untaught, tmp_path, monkeypatch, capsys):
     make_minibatches, refused, code = script.make_minibatches, [], ["--reward-fn", *untaught["reward_fn"]]
 
     def intrude(*args):
