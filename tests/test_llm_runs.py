@@ -31,6 +31,7 @@ import grpo_llm as grpo
 ROOT = Path(gbpo.__file__).parent
 BOTH = {"gbpo": gbpo, "grpo": grpo}
 SCRIPTS = pytest.mark.parametrize("script", BOTH.values(), ids=BOTH)
+GBPO = pytest.mark.parametrize("script", [gbpo], ids=["gbpo"])  # of what grpo_llm.py has in the same words
 SHORT = dict(num_prompts=16, minibatch_prompts=8, group_size=4, eval_problems=40, eval_samples=2, eval_interval=2)
 SHORT |= dict(total_timesteps=256, kl_coef=0.01, warmup_accuracy=0.05, device="cpu")  # 4 iterations
 
@@ -181,7 +182,7 @@ def test_final_model_loads_with_transformers(run):
     assert tokenizer.decode(tokenizer("12+34=")["input_ids"]) == "12+34="
 
 
-@SCRIPTS
+@GBPO
 def test_no_completions_to_train_on_are_an_evaluation(script, run, tmp_path):
     """Of a finished run's model: what the run itself found last."""
     (row,) = read(train(script, tmp_path, model=str(run / "model"), total_timesteps=0) / "evaluations.csv")
@@ -199,7 +200,7 @@ def same_but_for_the_clock(run_dir, other):
     assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
 
 
-@SCRIPTS
+@GBPO
 def test_a_resumed_run_equals_an_unbroken_one(script, untaught, tmp_path, monkeypatch):
     own = untaught | dict(lr_schedule="linear", lr_warmup=0)
     unbroken = train(script, tmp_path / "unbroken", **own, total_timesteps=128)
@@ -285,7 +286,7 @@ def test_a_complete_run_goes_on_if_asked_for_more(script, untaught, tmp_path, mo
     assert [row["step"] for row in read(run_dir / "metrics.csv")] == [64, 128]
 
 
-@pytest.mark.parametrize("script", [gbpo], ids=["gbpo"])  # grpo_llm.py has the same text
+@GBPO
 def test_two_processes_never_own_one_run(script, untaught, tmp_path, monkeypatch, capsys):
     make_minibatches, refused, code = script.make_minibatches, [], ["--reward-fn", *untaught["reward_fn"]]
 
@@ -402,7 +403,7 @@ def test_out_of_memory_is_one_line_with_the_flag_to_lower(function, flag, warmed
     assert len(read(run_dir / "metrics.csv")) == 4
 
 
-@SCRIPTS
+@GBPO
 def test_weights_that_break_are_not_saved(script, untaught, tmp_path):
     """One step of 1e38: no loss tells, and the weights are not finite."""
     with pytest.raises(script.BrokenRun, match="a weight is not finite at step 64$"):
