@@ -263,6 +263,7 @@ ppo Swimmer-v4  256 0.1  0       0.9999 6e-4     10 1024 4 0.98
 """
 
 
+@pytest.mark.slow
 def test_paper_suite_holds_the_tables(tmp_path, monkeypatch, here):
     monkeypatch.chdir(tmp_path)  # away from a sweep under way in runs/, which would be resumed
     _, output, _ = here(SUITES / "paper_mujoco.toml", "--dry-run")
@@ -399,6 +400,7 @@ def test_bad_suite_is_one_line_before_anything_starts(keys, message, stub, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_other_bad_input(stub, tmp_path, here):
     suite, task = stub_suite(stub), ["--tasks", "Hopper-v4"]
     for options, message in (

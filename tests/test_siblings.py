@@ -116,6 +116,7 @@ def test_functions_are_short_and_no_file_of_this_project_is_imported(name):
     assert "torch" in names and not [x for x in names if (ROOT / f"{x}.py").exists() or (ROOT / x).is_dir()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_has_a_help_text(name, capsys):
     script = importlib.import_module(name)
