@@ -37,7 +37,7 @@ import traceback
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from fractions import Fraction
 from importlib.metadata import version
@@ -1200,6 +1200,8 @@ class Run(ExitStack):
                 except Exception as error:  # it has many kinds
                     if not self.saved:
                         shutil.rmtree(self.dir)
+                        with suppress(OSError):  # other runs are in it
+                            self.dir.parent.rmdir()
                     raise BadInput(f"--track: {one_line(error)}; WANDB_MODE=offline needs no account") from None
                 self.callback(wandb.finish)
             # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.

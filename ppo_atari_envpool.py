@@ -25,7 +25,7 @@ import sys
 import sysconfig
 import time
 import zipfile
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack, redirect_stderr, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -439,6 +439,8 @@ class Run(ExitStack):
             except Exception as error:  # it has many kinds
                 if not self.saved:
                     shutil.rmtree(self.dir)
+                    with suppress(OSError):  # other runs are in it
+                        self.dir.parent.rmdir()
                 raise BadInput(f"--track: {one_line(error)}; WANDB_MODE=offline needs no account") from None
             self.callback(wandb.finish)
         # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.

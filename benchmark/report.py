@@ -44,10 +44,10 @@ COLOURS, PANELS = CONFIG["colours"], CONFIG["panels"]
 @dataclass
 class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # folders of runs, or that hold such, or of earlier reports
-    output: Path = Path("benchmark/results")  # folder for table.md, curves.png, ...
+    output: Path = Path("benchmark/results")  # folder of the report
     baseline: str | None = None  # the group that others are compared with; default: the one named default, else PPO's
     without_noise: bool = False  # compare returns that enjoy.py recorded, not training's
-    aggregate: bool = False  # compare groups over all tasks, too, by scores over published ones: aggregate.png
+    aggregate: bool = False  # compare groups over all tasks by normalised scores, too: aggregate.png
 
 
 def stop(line):
@@ -91,8 +91,9 @@ def summarise(about, tables):
         last = tables["episodes"][-WINDOW:].mean()
         summary["caught"] = float(last["return"] < 1500 and last["length"] > 900)
     if "played" in tables:
-        played = tables["played"].query("agent == 'agent.pt' and not stochastic and env_id == @task")
-        summary["without_noise"] = played["mean"].tail(1).mean()
+        x = tables["played"]
+        own = x["mean"][(x["agent"] == "agent.pt") & ~x["stochastic"] & (x["env_id"] == task)]
+        summary["without_noise"] = own.tail(1).mean()
     if "evaluations" in tables:
         summary["largest_ratio"] = table["ratio/max"].max()
     return summary
@@ -227,7 +228,7 @@ def collect(args):
             made_by = {"script": about["script"], "commit": commit[:12] + "-dirty" * commit.endswith("-dirty")}
             summaries.append(pd.DataFrame([run | made_by | figures]))
     if not curves:
-        stop("no finished run there")
+        stop("no finished run in these folders")
     summary = pd.concat(summaries).sort_values(KEYS).fillna({"script": "", "commit": ""})
     if len(twice := summary[summary.duplicated(KEYS)]):
         stop(f"two runs of {twice['group'].iloc[0]} with seed {twice['seed'].iloc[0]}: leave one out")
@@ -413,7 +414,7 @@ def by_setting(table):
 def draw_curves(axis, table, name, looks, rng, x):
     """Mean of each group's runs, and its interval, or up to FEW runs each."""
     for group, runs in table.groupby("group"):
-        runs = runs.assign(point=runs.groupby("seed").cumcount())  # their points may be at different steps
+        runs = runs.assign(point=runs.groupby("seed").cumcount())  # language models have points at different steps
         wide = runs.pivot(index="seed", columns="point", values=[x, name])
         steps, values = wide[x].mean().to_numpy(), wide[name].to_numpy()  # [K], [S, K]
         style, (mean, *sides) = line(*looks[group]), mean_interval(rng, values)
@@ -548,7 +549,7 @@ def main(args):
     np.random.seed(0)  # rliable draws from it, whatever random_state it has
     curves, summary, settings = collect(args)
     if args.without_noise and "without_noise" not in summary:
-        stop("no agent was evaluated: see enjoy.py")
+        stop("no agent was evaluated: python enjoy.py RUN_DIRS")
     methods = {x: method(x, script) for x, script in summary.groupby("group")["script"].first().items()}
     usual = ["default"] * ("default" in methods) + [x for x in methods if methods[x] == "ppo"]
     baseline = args.baseline or next(iter(usual), "none")
@@ -571,7 +572,7 @@ def main(args):
         "curves.csv": to_csv(curves, 6),
         "summary.csv": to_csv(summary, 8),
     }
-    if "hours" in points:  # as paces differ
+    if "hours" in points:  # at equal steps: paces differ
         timed = points[points["step"] <= points["end"]].dropna(subset="hours")
         files["hours.png"] = draw_all(timed, summary, looks, rng, "hours")
     if args.aggregate:

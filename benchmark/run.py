@@ -56,14 +56,14 @@ class Args:
     seeds: int | None = None  # how many (default: 3); with a suite: those up to this one
     name: str = "sweep"  # folder of the sweep
     scripts: tuple[str, ...] = ("bpo_continuous_action.py",)  # training scripts
-    total_timesteps: int | None = None  # environment steps per run
+    total_timesteps: int | None = None  # steps per run
     flags: tuple[str, ...] = ()  # flags of the scripts, name=value,value,...: each combination is a variant
     workers: int = os.cpu_count()  # runs at a time
     output_dir: Path = Path("runs")  # receives the sweep's folder
     dry_run: bool = False  # print the commands left to do, start nothing
     cluster: Literal["slurm", "local"] | None = None  # through submitit; local: processes here
     cluster_options: tuple[str, ...] = ()  # submitit's parameters: timeout_min=600 slurm_partition=cpu mem_gb=4
-    allow_script: tuple[Path, ...] = ()  # scripts that may be run though not of the project
+    allow_script: tuple[Path, ...] = ()  # other scripts that may be run
 
 
 class Variant(BaseModel, extra="forbid", strict=True, hide_input_in_errors=True):
@@ -152,7 +152,7 @@ class Run:
     def start(self):
         """Starts the process. It inherits the open lock, which is thus held until both it and the runner are gone."""
         for folder in set(self.folders()) - set(self.folders("checkpoint.pt")):
-            shutil.rmtree(folder)  # no checkpoint: nothing to resume
+            shutil.rmtree(folder)  # killed before its first checkpoint
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
         options = dict(stdin=subprocess.DEVNULL, env=os.environ | threads, pass_fds=[self.lock])
         options |= dict(preexec_fn=lambda: prepare_process(self.cores))
@@ -407,4 +407,4 @@ if __name__ == "__main__":
         print("error:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("stopped before any start")
+        sys.exit("stopped before anything was started")

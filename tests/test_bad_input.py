@@ -370,7 +370,7 @@ def test_tracking_without_an_account_is_one_line(tmp_path, monkeypatch):
     message = "^--track: .*WANDB_API_KEY invalid: .*; WANDB_MODE=offline needs no account$"
     with pytest.raises(CONTINUOUS[0].BadInput, match=message):
         train(CONTINUOUS[0], tmp_path / "out", env_id="Target-v0", track=True)
-    assert not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 @each(BPO[0])
@@ -380,7 +380,7 @@ def test_what_wandb_refuses_is_one_line_that_costs_no_agent(script, tmp_path, mo
     settings = dict(total_timesteps=64, track=True, wandb_project_name="a/b")
     with pytest.raises(script.BadInput, match="^--track: .*Invalid project name"):
         train(script, tmp_path / "out", **settings)
-    assert not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.iterdir())
     run_dir = train(script, tmp_path / "out", **settings | dict(track=False))
     words = "--total-timesteps", "128", "--track", "--wandb-project-name", "a/b"
     with pytest.raises(script.BadInput, match="^--track: .*Invalid project name"):

@@ -461,7 +461,7 @@ def test_what_wandb_refuses_is_one_line_that_costs_no_model(script, run, problem
     own = dict(num_prompts=2, minibatch_prompts=2, total_timesteps=8, model=str(run / "model"), dataset=str(problems))
     with pytest.raises(script.BadInput, match="^--track: .*Invalid project name"):
         train(script, tmp_path / "out", **own, track=True, wandb_project_name="a/b")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
     run_dir = train(script, tmp_path / "out", **own)
     with pytest.raises(script.BadInput, match="^--track: .*Invalid project name"):
         resume(script, run_dir, "--total-timesteps", 16, "--track", "--wandb-project-name", "a/b")
