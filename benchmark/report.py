@@ -18,6 +18,7 @@ import tempfile
 import tomllib
 import warnings
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.ticker import EngFormatter
 from rliable import library, metrics
 from run import HARMLESS, RUNNERS
-from scipy.stats import DegenerateDataWarning, bootstrap, ttest_1samp
+from scipy.stats import bootstrap, ttest_1samp
 
 WINDOW = 100  # episodes
 DRAWS = 2000  # of a bootstrap
@@ -47,7 +48,6 @@ class Args:
     output: Path = Path("benchmark/results")  # folder of the report
     baseline: str | None = None  # the group that others are compared with; default: the one named default, else PPO's
     without_noise: bool = False  # compare returns that enjoy.py recorded, not training's
-    aggregate: bool = False  # compare groups over all tasks by normalised scores, too: aggregate.png
 
 
 def stop(line):
@@ -73,7 +73,7 @@ def read_run(folder):
     for name in ["metrics", *{"locomotion": [], "llm": ["evaluations"]}.get(kind, ["episodes"])]:
         tables[name] = pd.read_csv(folder / f"{name}.csv").astype(float)
         if tables[name].empty:
-            raise ValueError("no episode has ended" if name == "episodes" else f"{name}.csv is empty")
+            raise ValueError(f"{name}.csv has no rows")
         if name != "metrics" and tables[name].isna().any(axis=None):
             raise ValueError(f"{name}.csv is damaged")
     if (path := folder / "evaluations.csv").exists() and kind != "llm":
@@ -91,9 +91,9 @@ def summarise(about, tables):
         last = tables["episodes"][-WINDOW:].mean()
         summary["caught"] = float(last["return"] < 1500 and last["length"] > 900)
     if "played" in tables:
-        x = tables["played"]
-        own = x["mean"][(x["agent"] == "agent.pt") & ~x["stochastic"] & (x["env_id"] == task)]
-        summary["without_noise"] = own.tail(1).mean()
+        x, steps = tables["played"], about["args"]["total_timesteps"]
+        own = x[(x["agent"] == "agent.pt") & (x["env_id"] == task) & ~x["stochastic"] & (x["cut"] == 0)]
+        summary["without_noise"] = own["mean"][~(own["step"] < steps)].tail(1).mean()
     if "evaluations" in tables:
         summary["largest_ratio"] = table["ratio/max"].max()
     return summary
@@ -101,7 +101,8 @@ def summarise(about, tables):
 
 def read_report(folder):
     """Curves and summary of an earlier report, tables, and settings, which some lack."""
-    curves, summary = (pd.read_csv(folder / name) for name in ("curves.csv", "summary.csv"))
+    text = dict.fromkeys(("group", "commit"), str)
+    curves, summary = (pd.read_csv(folder / name, dtype=text) for name in ("curves.csv", "summary.csv"))
     if set(curves[KEYS].itertuples(index=False)) != set(summary[KEYS].itertuples(index=False)):
         raise ValueError("curves.csv and summary.csv hold different runs")
     settings = folder / "settings.json"
@@ -178,13 +179,13 @@ def label(folder, about, others):
     return " ".join([name, *flags]) if (own := variant(folder, about)) is None else own
 
 
-def check_settings(folder, about, group, settings):
+def check_settings(folder, args, group, settings):
     """Adds a run's settings to its task's, group -> settings, or stops if they do not fit."""
-    own = {name: x for name, x in about["args"].items() if name not in RUNNERS + HARMLESS}
+    own = {name: x for name, x in args.items() if name not in RUNNERS + HARMLESS}
     known = settings.setdefault(group, own)
     other = [x for x in own if (x != "total_timesteps" or "algo" in own) and differ(own, known, x)]
     ours = [x for x in (own, *settings.values()) if "algo" not in x]
-    scheduled = about["script"].endswith("_llm") or any(x.get("lr_schedule") == "linear" for x in ours)
+    scheduled = any("group_size" in x or x.get("lr_schedule") == "linear" for x in ours)
     if scheduled and len({x.get("total_timesteps") for x in ours}) > 1:
         other.append("total_timesteps, on which the learning rate depends")
     if other:
@@ -212,7 +213,9 @@ def collect(args):
                 continue
             points, runs, theirs = read_report(folder)
             curves, summaries = [*curves, points], [*summaries, runs]
-            settings |= {task: settings.get(task, {}) | groups for task, groups in theirs.items()}
+            for task, groups in theirs.items():
+                for group, known in groups.items():
+                    check_settings(folder, known, group, settings.setdefault(task, {}))
     earlier = pd.concat([pd.DataFrame(columns=[*KEYS, "step"]), *curves])
     interval = choose_interval([about["args"]["total_timesteps"] for _, about, _ in new])
     for folder, about, tables in new:
@@ -223,7 +226,7 @@ def collect(args):
             grid = make_grid(earlier["step"][earlier["task"] == task], interval, tables["metrics"]["step"].iloc[-1])
             points, figures = make_curves(tables, grid), summarise(about, tables)
             run = {"task": task, "group": label(folder, about, [x for _, x, _ in new]), "seed": about["args"]["seed"]}
-            check_settings(folder, about, run["group"], settings.setdefault(task, {}))
+            check_settings(folder, about["args"], run["group"], settings.setdefault(task, {}))
             curves.append(points.assign(**run)[[*KEYS, "step", *points.columns.drop("step")]])
             made_by = {"script": about["script"], "commit": commit[:12] + "-dirty" * commit.endswith("-dirty")}
             summaries.append(pd.DataFrame([run | made_by | figures]))
@@ -272,7 +275,7 @@ def estimate(digits, point, low, high, runs=2):
 
 def probability(ours, theirs):
     """A cell: P(a run of ours [S, tasks] is better than one of theirs)."""
-    return estimate(2, *rliable_interval(metrics.probability_of_improvement, ours, theirs))
+    return estimate(2, *rliable_interval(metrics.probability_of_improvement, ours, theirs), min(len(ours), len(theirs)))
 
 
 def read_published():
@@ -337,7 +340,7 @@ def group_rows(task, table, runs, baseline, tables, rng, without_noise):
     name, llm = next(name for name in PANELS if name in table), "ratio_max" in table
     ends, curves = ends_of(table, name), table.pivot(index=["group", "seed"], columns="step", values=name)
     digits = 3 if llm else int(ends.abs().max() < 100)
-    show, steps = f"{{:.{digits}f}}".format, table.groupby("group")["end"].first()
+    show, steps = f"{{:.{digits}f}}".format, table.groupby("group")["step" if without_noise else "end"].max()
     (paper, elsewhere), game = read_published(), task.replace("NoFrameskip-v4", "-v5")
     if without_noise:
         ends, paper = runs.set_index(["group", "seed"])["without_noise"].dropna(), {}
@@ -369,9 +372,10 @@ def group_rows(task, table, runs, baseline, tables, rng, without_noise):
 
 def seed_rows(ends):
     """Rows that compare language models' ends with GBPO's at equal settings, seed by seed: t-intervals."""
-    for group in ends.index.unique("group"):
-        gbpo = "GBPO" + group[group.index(" (") :]
-        less = (ends[gbpo] - ends[group]).dropna() if gbpo in ends.index and group != gbpo else ()
+    groups = sorted(ends.index.unique("group"), key=lambda x: not x.startswith("GBPO"))
+    for gbpo, group in combinations(groups, 2):
+        alike = gbpo.startswith("GBPO") and gbpo.split(" (")[1] == group.split(" (")[1]
+        less = (ends[gbpo] - ends[group]).dropna() if alike else ()
         if len(less) > 1:
             cell = estimate(3, less.mean(), *ttest_1samp(less, 0).confidence_interval())
             row = {f"{ends.name} at the end, seed by seed": f"{gbpo} less {group}", "seeds": len(less)}
@@ -446,7 +450,7 @@ def draw_task(axes, names, many, table, runs, looks, rng, x):
     order = ends_of(table, names[0]).groupby("group").mean().sort_values().index
     for axis, name in zip(axes, names):
         if many:
-            ends = ends_of(table, name) if name != "ratio_max" else runs.set_index("group")["largest_ratio"]
+            ends = ends_of(table, name) if name != "ratio_max" else runs.set_index(["group", "seed"])["largest_ratio"]
             values = {x: ends[x].to_numpy() for x in order}
             figures = {x: (y, *mean_interval(rng, y)) for x, y in values.items()}
             draw_ends(axis, figures, PANELS[name], looks)
@@ -494,15 +498,15 @@ def save(figure):
 
 
 def aggregate(ends, baseline, tables, looks):
-    """Compares the groups that all tasks have, by normalised scores; ends by task -> picture."""
+    """Compares the groups that all tasks have by normalised scores, if several have one; ends by task -> picture."""
     scales, scores = {task: CONFIG["normal"].get(re.sub(r"-v\d+$", "", task)) for task in ends}, {}
     ends = {task: values / scales[task] for task, values in ends.items() if scales[task]}
     for group in looks:
-        if ends and all(group in values.index for values in ends.values()):
+        if len(ends) > 1 and all(group in values.index for values in ends.values()):
             least = min(len(values[group]) for values in ends.values())
             scores[group] = np.stack([values[group].to_numpy()[:least] for values in ends.values()], axis=1)
     if not scores:
-        stop("--aggregate needs tasks with a published score, and a group that has runs of all of them")
+        return {}
     figures = {x: (y.mean(1), *rliable_interval(metrics.aggregate_iqm, y)) for x, y in scores.items()}
     picture, axes = make_figure(2)
     draw_ends(axes[0], figures, "IQM of normalised scores (dots: a run of each task)", looks)
@@ -513,12 +517,13 @@ def aggregate(ends, baseline, tables, looks):
         axes[1].fill_between(grid, *sides[group], color=style["color"], alpha=0.2, linewidth=0)
         axes[1].plot(grid, profiles[group], label=group, **style)
         row = {"group": group, "runs of each task": len(ours), "tasks": ", ".join(ends)}
-        row |= {"mean, normalised": f"{ours.mean():.3f}", "IQM, normalised (95%)": estimate(3, *figures[group][1:])}
+        row["mean, normalised"] = f"{ours.mean():.3f}"
+        row["IQM, normalised (95%)"] = estimate(3, *figures[group][1:], len(ours))
         if baseline in scores:
             row[f"P(better than {baseline}) (95%)"] = probability(ours, scores[baseline]) if group != baseline else "-"
         tables["aggregate"].append(row)
     axes[1].set(xlabel="normalised score", ylabel="share of runs above it")
-    return save(picture)
+    return {"aggregate.png": save(picture)}
 
 
 # --- the report
@@ -544,7 +549,7 @@ def to_csv(table, digits):
 def main(args):
     """Makes the report."""
     matplotlib.use("Agg")
-    warnings.simplefilter("ignore", DegenerateDataWarning)
+    warnings.simplefilter("ignore", RuntimeWarning)  # at a curve's start
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     np.random.seed(0)  # rliable draws from it, whatever random_state it has
     curves, summary, settings = collect(args)
@@ -575,8 +580,7 @@ def main(args):
     if "hours" in points:  # at equal steps: paces differ
         timed = points[points["step"] <= points["end"]].dropna(subset="hours")
         files["hours.png"] = draw_all(timed, summary, looks, rng, "hours")
-    if args.aggregate:
-        files["aggregate.png"] = aggregate(ends, baseline, tables, looks)
+    files |= aggregate(ends, baseline, tables, looks)
     if settings:
         files["settings.json"] = (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
     commits = summary["commit"].replace("", "unknown").value_counts()

@@ -2,7 +2,6 @@
 
     pip install -r benchmark/requirements.txt
     python benchmark/speed.py --pair continuous
-    python benchmark/speed.py --pair mjlab --device cuda --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096
 
 All programs of a pair (see speed.toml) run round by round, pinned to the same cores. A figure is steps (llm: completion
 tokens) per second of wall time after the warm-up: acting, simulation, learning and logging. A ratio is to the peer in
@@ -45,7 +44,7 @@ class Args:
     hidden_sizes: tuple[int, ...] | None = None  # continuous: widths to measure; mjlab: widths of the layers
     device: Literal["cpu", "cuda"] | None = None  # mjlab: where all of it runs
     cores: tuple[int, ...] = (0,)  # processor cores that all are pinned to, one thread each
-    output: str | None = None  # folder for speed.json and speed.md; default: the published one
+    output: Path = Path("runs/speed")  # folder for speed.json and speed.md
 
 
 def bad_input(line):
@@ -174,10 +173,9 @@ def main(args):
             run = partial(measure, pair=pair, case=case, cores=args.cores)
             for program, found in take_turns([*programs, pair.peer], pair.peer, args.rounds, run).items():
                 rows.append(columns | dict(program=program) | summarise(found, pair.rate))
-    output = Path(args.output or ROOT / "benchmark" / "results" / pair.folder)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "speed.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (output / "speed.md").write_text(table(rows, pair))
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "speed.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (args.output / "speed.md").write_text(table(rows, pair))
     print(table(rows, pair), end="")
 
 

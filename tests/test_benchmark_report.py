@@ -182,7 +182,7 @@ def test_a_run_without_an_episode_is_called_that(tmp_path):
     """None at all, or none by the end of the shortest run."""
     (make_run(tmp_path / "none") / "episodes.csv").write_text("step,return,length\n")
     done = run_report(tmp_path / "none", "--output", tmp_path / "out")
-    assert "none: no episode has ended\n" in done.stderr and "damaged" not in done.stderr
+    assert "none: episodes.csv has no rows\n" in done.stderr and "damaged" not in done.stderr
     make_run(tmp_path / "bpo__Task-v0__1" / "run")
     make_run(tmp_path / "ppo__Task-v0__7" / "run", "ppo_x", "150,5,150\n", seed=7, total_timesteps=200)
     done = run_report(*tmp_path.glob("*__*"), "--output", tmp_path / "out")
@@ -245,7 +245,6 @@ def test_bad_input_is_one_line_and_creates_nothing(tmp_path):
         [],
         [tmp_path / "a", "--without-noise"],
         [tmp_path / "a", "--output", tmp_path / "file"],
-        [tmp_path / "a", "--aggregate"],
     ):
         done = run_report("--output", tmp_path / "out", *words)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
@@ -253,12 +252,13 @@ def test_bad_input_is_one_line_and_creates_nothing(tmp_path):
 
 
 def test_agents_are_compared_by_what_enjoy_recorded_of_them_without_noise(tmp_path):
-    """The last row of agent.pt on the run's task, deterministic; runs that have none take no part."""
-    header, no_row = "agent,env_id,stochastic,mean\n", "checkpoint.pt,Task-v0,False,1\nagent.pt,Task-v0,True,2\n"
+    """The last whole row of the finished run's agent.pt on its task, deterministic; runs without one take no part."""
+    header, no_row = "agent,env_id,stochastic,mean,cut,step\n", "checkpoint.pt,Task-v0,False,1,0,90\n"
+    no_row += "agent.pt,Task-v0,True,2,0,100\nagent.pt,Task-v0,False,5,1,100\nagent.pt,Task-v0,False,6,0,50\n"
     for seed, (ours, theirs) in enumerate([(70, 40), (80, 50), (None, None)]):
         for script, mean in (("bpo_continuous_action", ours), ("ppo_continuous_action", theirs)):
             run = make_run(tmp_path / f"{script[:3]}__Task-v0__{seed}" / "run", script, seed=seed)
-            own = f"agent.pt,Task-v0,False,3\nagent.pt,Task-v0,False,{mean}\nagent.pt,Other-v0,False,4\n"
+            own = f"agent.pt,Task-v0,False,3,0,100\nagent.pt,Task-v0,False,{mean},0,\nagent.pt,Other-v0,False,4,0,100\n"
             (run / "evaluations.csv").write_text(header + (own if mean else "") + no_row)
     done = run_report(tmp_path, "--without-noise", "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -268,6 +268,10 @@ def test_agents_are_compared_by_what_enjoy_recorded_of_them_without_noise(tmp_pa
     assert "| bpo | 3 | 100 | 4.0 (" in run_report(tmp_path, "--output", tmp_path / "out").stdout
     again = run_report(tmp_path / "out", "--without-noise", "--output", tmp_path / "again")
     assert again.stdout == done.stdout
+    long = make_run(tmp_path / "bpo__Task-v0__3" / "run", seed=3, total_timesteps=200)
+    (long / "evaluations.csv").write_text(f"{header}agent.pt,Task-v0,False,90,0,200\n")
+    done = run_report(long, *tmp_path.glob("ppo__*"), "--without-noise", "--output", tmp_path / "longer")
+    assert "| bpo | 1 | 200 | 90.0 |" in done.stdout and " less " not in done.stdout  # agents of other lengths
 
 
 # --- settings
@@ -285,6 +289,9 @@ def test_runs_of_one_variant_with_other_settings_are_not_pooled(tmp_path):
     run_report(tmp_path / "one", tmp_path / "two", "--output", tmp_path / "first")
     done = run_report(tmp_path / "first", tmp_path / "three", "--output", tmp_path / "new")
     assert done.returncode == 2 and "other runs: clip_coef; make" in done.stderr and not (tmp_path / "new").exists()
+    run_report(tmp_path / "three", "--output", tmp_path / "third")
+    done = run_report(tmp_path / "first", tmp_path / "third", "--output", tmp_path / "new")
+    assert done.returncode == 2 and "third has other settings than other runs: clip_coef; make" in done.stderr
     (tmp_path / "first" / "settings.json").unlink()  # as in reports of earlier versions
     assert run_report(tmp_path / "first", tmp_path / "three", "--output", tmp_path / "new").returncode == 0
 
@@ -309,6 +316,14 @@ def test_a_published_report_gives_its_curves_again(folder):
     assert report.to_csv(curves, 6) == (folder / "curves.csv").read_bytes()
     assert report.to_csv(summary, 8) == (folder / "summary.csv").read_bytes()
     assert folder.joinpath("table.md").exists() and folder.joinpath("curves.png").exists()
+
+
+def test_a_report_whose_groups_have_numbers_for_names_is_extended(tmp_path):
+    make_run(tmp_path / "runs" / "0.10__Task-v0__1" / "run")
+    make_run(tmp_path / "more" / "0.10__Task-v0__2" / "run", seed=2)
+    assert run_report(tmp_path / "runs", "--output", tmp_path / "out").returncode == 0
+    done = run_report(tmp_path / "out", tmp_path / "more", "--output", tmp_path / "out")
+    assert "| 0.10 | 2 | 100 |" in done.stdout
 
 
 def test_an_earlier_report_and_new_runs_make_the_report_of_all(tmp_path):
@@ -481,8 +496,12 @@ def test_language_models_have_means_intervals_and_largest_ratios(tmp_path):
 
 
 def test_models_of_one_setting_are_compared_seed_by_seed(tmp_path):
-    """GBPO is 0.1, 0.2 and 0.3 ahead where seeds meet: t(0.975, 2) * 0.1 / sqrt(3) = 0.248 on either side of 0.2."""
+    """GBPO is 0.1, 0.2 and 0.3 ahead where seeds meet: t(0.975, 2) * 0.1 / sqrt(3) = 0.248 on either side of 0.2.
+
+    Over the exact baseline it is so, too; one seed of other objectives is compared with nothing, and drawn.
+    """
     runs = [make_llm_run(tmp_path / f"a{s}", "gbpo_llm", s, 0.4 + 0.1 * s, 2.0) for s in (1, 2, 3, 4)]
+    exact = [make_llm_run(tmp_path / f"e{s}", "gbpo_llm", s, 0.4 + 0.1 * s, 2.0, baseline="exact") for s in (1, 2, 3)]
     runs += [make_llm_run(tmp_path / f"b{s}", "grpo_llm", s, 0.4, 2.0, objective="gspo") for s in (3, 1, 2)]
     runs += [make_llm_run(tmp_path / f"c{s}", "grpo_llm", s, 0.4, 2.0, objective="gspo", clip_coef=0.2) for s in (1, 2)]
     done = run_report(*runs, "--output", tmp_path / "out")
@@ -490,6 +509,12 @@ def test_models_of_one_setting_are_compared_seed_by_seed(tmp_path):
     compared = [line for line in done.stdout.splitlines() if " less " in line]
     name = "GBPO (0.5, 10 epochs) less GSPO (0.5, 10 epochs)"
     assert compared == [f"| {name} | 3 | 0.200 (-0.048 to 0.448) | 0.10, 0.20, 0.30 |"]
+    objectives = "grpo", "dapo", "sapo"
+    runs += [make_llm_run(tmp_path / x, "grpo_llm", 9, 0.5, 2.0, objective=x) for x in objectives] + exact
+    done = run_report(*runs, "--output", tmp_path / "out")
+    compared = [line.split(" | ")[0] for line in done.stdout.splitlines() if " less " in line]
+    exactly = name.replace("GBPO", "GBPO EXACT", 1)
+    assert compared == [f"| {name.replace('GSPO', 'GBPO EXACT')}", f"| {name}", f"| {exactly}"]
 
 
 def test_votes_are_drawn_in_a_row_for_each_setting(tmp_path, monkeypatch):
@@ -539,10 +564,12 @@ def test_aggregate_normalises_by_published_scores(tmp_path):
                 folder = tmp_path / f"{group}__{task}__{seed}" / "run"
                 make_run(folder, script, f"5,{value * scale},5\n", env_id=task, seed=seed)
     make_run(tmp_path / "a__Other-v0__1" / "run")
-    done = run_report(tmp_path, "--aggregate", "--output", tmp_path / "out")
+    done = run_report(tmp_path, "--output", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     rows = {line.split(" | ")[0]: line for line in done.stdout.splitlines() if "Ant-v4, Hopper-v4" in line}
     assert rows["| a"].startswith("| a | 4 | Ant-v4, Hopper-v4 | 2.750 | 2.000 (")
     assert " | 0.50 (" in rows["| a"]  # Hopper: 2.5 of 4, Ant: 1.5 of 4
     assert rows["| b"] == "| b | 4 | Ant-v4, Hopper-v4 | 2.000 | 2.000 (2.000 to 2.000) | - |"
     assert (tmp_path / "out" / "aggregate.png").read_bytes().startswith(b"\x89PNG")
+    done = run_report(*tmp_path.glob("?__*-v4__1"), "--output", tmp_path / "of one seed")
+    assert "| a | 1 | Ant-v4, Hopper-v4 | 0.500 | 0.500 | 0.00 |" in done.stdout  # one run has no interval
