@@ -104,7 +104,7 @@ def load(run_dir, env_id=None):
         task = shlex.quote(args.env_id)
         raise BadInput(f"the task of {run_dir} is code of your own: if it is yours, add --env-id {task}")
     args.env_id = env_id or args.env_id
-    step = checkpoint.get("step", "")  # agent.pt has none
+    step = checkpoint.get("step", args.total_timesteps)  # agent.pt has none
     return SimpleNamespace(dir=run_dir, script=script, args=args, weights=checkpoint["agent"], file=file, step=step)
 
 
@@ -216,8 +216,8 @@ def take_step(run, env, action):
 def evaluate(run, policy, envs, max_steps, terms):
     """Plays one episode in each environment, or max_steps of it: the returns [N] and how many were cut.
 
-    Adds each step's rewards for following the command, and their number of steps, to terms: a robot that only stands
-    may have a high return.
+    Adds each step's rewards for following the command, means over all robots, and their number of steps, to terms: a
+    robot that only stands may have a high return.
     """
     obs, _ = envs.reset()
     returns, running, step, show = np.zeros(len(obs)), np.ones(len(obs), bool), 0, LiveLine()
@@ -289,10 +289,9 @@ def play(run, options):
     result = f"return {returns.mean():.5g} +- {returns.std():.5g} over {len(returns)} episodes"
     steps = terms.pop("steps")
     result += "".join(f", {name.removeprefix('rewards/')} {x / steps:.3g}" for name, x in terms.items())
-    source = f"{run.file} of step {run.step}" if run.step != "" else run.file
     how = "stochastic" if options.stochastic else "deterministic"
     cuts = f", {cut} episodes cut after {options.max_steps} steps" if cut else ""
-    say(f"{run.dir}, {source}: {run.args.env_id}, seed {seed}, {how}, {result}{cuts}")
+    say(f"{run.dir}, {run.file} of step {run.step}: {run.args.env_id}, seed {seed}, {how}, {result}{cuts}")
     row = dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), agent=run.file, step=run.step, env_id=run.args.env_id)
     row |= dict(seed=seed, episodes=len(returns), stochastic=options.stochastic, max_steps=options.max_steps, cut=cut)
     record(run, row | {name: f"{getattr(returns, name)():.8g}" for name in ("mean", "std", "min", "max")})

@@ -1178,7 +1178,8 @@ class Run(ExitStack):
 
     def __exit__(self, kind, error, trace):
         super().__exit__(kind, error, trace)
-        if self.stopping and isinstance(error, Exception):  # of a library that Ctrl-C has reached as well
+        if self.stopping and isinstance(error, Exception) and not isinstance(error, BrokenRun | OSError):
+            # It is of a library that Ctrl-C has reached as well.
             raise SystemExit(self.stop_message()) from None
         if self.learner and out_of_memory(error):
             less = "lower --generation-batch-size, for sampling, or --micro-batch-tokens, for learning"
@@ -1206,7 +1207,7 @@ class Run(ExitStack):
                 self.callback(wandb.finish)
             # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.
             shutil.rmtree(self.dir / "model", ignore_errors=True)
-            about["args"] = dataclasses.asdict(args) | {"resume": None}
+            about["args"] = vars(args) | {"resume": None}
             write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
             self.logs = {name: self.enter_context((self.dir / name).open("a")) for name in LOGS}
             self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
@@ -1243,7 +1244,7 @@ class Run(ExitStack):
             self.learner.load_state_dict(self.saved["learner"])
         except Exception:  # damaged checkpoints raise many kinds
             raise BadInput(f"the checkpoint in {self.dir} does not fit its args.json or the model") from None
-        sizes = {self.dir / name: size for name, size in self.saved["log_sizes"].items()}
+        sizes = {self.dir / Path(name).name: size for name, size in self.saved["log_sizes"].items()}
         if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
             raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
         if RANK == 0:

@@ -423,7 +423,8 @@ class Run(ExitStack):
 
     def __exit__(self, kind, error, traceback):
         super().__exit__(kind, error, traceback)
-        if self.stopping and isinstance(error, Exception):  # a compiler's, say, which Ctrl-C has reached as well
+        if self.stopping and isinstance(error, Exception) and not isinstance(error, BrokenRun | OSError):
+            # It is a compiler's, say, which Ctrl-C has reached as well.
             raise SystemExit(self.stop_message()) from None
 
     def begin(self, **parts):
@@ -445,7 +446,7 @@ class Run(ExitStack):
             self.callback(wandb.finish)
         # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.
         (self.dir / "agent.pt").unlink(missing_ok=True)
-        about["args"] = dataclasses.asdict(args) | {"resume": None}
+        about["args"] = vars(args) | {"resume": None}
         write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
         self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
         self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
@@ -480,7 +481,7 @@ class Run(ExitStack):
             torch.set_rng_state(self.saved["rng_state"])
         except Exception:  # damaged checkpoints raise many kinds
             raise BadInput(f"the checkpoint in {self.dir} does not fit its args.json or the task") from None
-        sizes = {self.dir / name: size for name, size in self.saved["log_sizes"].items()}
+        sizes = {self.dir / Path(name).name: size for name, size in self.saved["log_sizes"].items()}
         if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
             raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
         about = json.loads((self.dir / "args.json").read_bytes())
@@ -572,7 +573,8 @@ class Follower(Run):
         seed = np.random.SeedSequence([self.args.seed, self.step, RANK]).generate_state(1)
         torch.manual_seed(int(seed[0]))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self.callback(signal.signal, number, signal.signal(number, self.request_stop))
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
 
     def log(self, step, episodes, metrics):
         pass

@@ -45,7 +45,7 @@ import tyro
 from filelock import FileLock, Timeout
 from pydantic import Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
 from torch.utils.tensorboard import SummaryWriter
 
 SCRIPT = Path(__file__).stem
@@ -149,8 +149,8 @@ def value_loss(value, batch, args):
 def policy_change(log_ratio, policy, batch, args):
     """How far the policy is from the one that acted: statistics []."""
     low, high = ratio_bounds(args)
-    ratio, relative_var = log_ratio.exp(), (batch["stds"] / policy.stddev).square()
-    kl = 0.5 * (((batch["means"] - policy.mean) / policy.stddev).square() + relative_var - 1 - relative_var.log())
+    ratio, old = log_ratio.exp(), Normal(batch["means"], batch["stds"], validate_args=False)
+    kl = kl_divergence(old, policy)
     clipfrac = ((ratio < low) | (ratio > high)).float().mean()
     return {"approx_kl": (ratio - 1 - log_ratio).mean(), "kl": kl.sum(-1).mean(), "clipfrac": clipfrac}
 
@@ -689,7 +689,8 @@ class Run(ExitStack):
 
     def __exit__(self, kind, error, traceback):
         super().__exit__(kind, error, traceback)
-        if self.stopping and isinstance(error, Exception):  # a compiler's, say, which Ctrl-C has reached as well
+        if self.stopping and isinstance(error, Exception) and not isinstance(error, BrokenRun | OSError):
+            # It is a compiler's, say, which Ctrl-C has reached as well.
             raise SystemExit(self.stop_message()) from None
 
     def begin(self, **parts):
@@ -711,7 +712,7 @@ class Run(ExitStack):
             self.callback(wandb.finish)
         # All that may be refused is behind; a kill from here on leaves no longer run that looks complete.
         (self.dir / "agent.pt").unlink(missing_ok=True)
-        about["args"] = dataclasses.asdict(args) | {"resume": None}
+        about["args"] = vars(args) | {"resume": None}
         write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
         self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
         self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
@@ -746,7 +747,7 @@ class Run(ExitStack):
             torch.set_rng_state(self.saved["rng_state"])
         except Exception:  # damaged checkpoints raise many kinds
             raise BadInput(f"the checkpoint in {self.dir} does not fit its args.json or the task") from None
-        sizes = {self.dir / name: size for name, size in self.saved["log_sizes"].items()}
+        sizes = {self.dir / Path(name).name: size for name, size in self.saved["log_sizes"].items()}
         if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
             raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
         about = json.loads((self.dir / "args.json").read_bytes())

@@ -61,6 +61,11 @@ def change_checkpoint(run, **changes):
     torch.save(checkpoint | changes, run / "checkpoint.pt")
 
 
+def write(path):
+    path.write_text("of the user")
+    return path
+
+
 def tensor_bytes(path):
     """Where the stored tensors lie in a checkpoint: [(start, end)]"""
     places, data = [], path.read_bytes()
@@ -124,6 +129,7 @@ RESUME_DAMAGES = DAMAGES | {
     "nothing for Adam's state": lambda run: change_checkpoint(run, optimizer=None),
     "text for a random state": lambda run: change_checkpoint(run, rng_state="abc"),
     "checkpoint without sizes": lambda run: drop_from_checkpoint(run, "log_sizes"),
+    "sizes of a file elsewhere": lambda run: change_checkpoint(run, log_sizes={str(write(run.parent / "notes")): 0}),
     "episodes lost": lambda run: cut(run / "episodes.csv", 0.9),
     "no metrics.csv": lambda run: (run / "metrics.csv").unlink(),
 }

@@ -149,19 +149,16 @@ def test_finished_and_interrupted_runs_are_played_and_stay_as_they_were(script, 
     folder = run(script=script)
     before = contents(folder)
     play(folder, "--episodes", 3)
-    assert f"{folder}, agent.pt: Painted-v0, seed 1, deterministic, return" in capsys.readouterr().out
+    total = script.load_run(folder, "agent.pt")[0].total_timesteps
+    assert f"{folder}, agent.pt of step {total}: Painted-v0, seed 1, deterministic, return" in capsys.readouterr().out
     after = contents(folder)
     assert after.keys() - before.keys() == {Path("evaluations.csv")} and after | before == after
     step = script.load_run(interrupted(folder), "checkpoint.pt")[1]["step"]
     play(folder, "--episodes", 3, "--seed", 5, "--stochastic")
     assert f"checkpoint.pt of step {step}: Painted-v0, seed 5, stochastic, return" in capsys.readouterr().out
     first, second = rows(folder)
-    assert (first["agent"], first["step"], second["agent"], second["step"]) == (
-        "agent.pt",
-        "",
-        "checkpoint.pt",
-        str(step),
-    )
+    steps = first["agent"], first["step"], second["agent"], second["step"]
+    assert steps == ("agent.pt", str(total), "checkpoint.pt", str(step))
     assert (second["seed"], second["episodes"], second["stochastic"], second["cut"]) == ("5", "3", "True", "0")
     assert float(second["min"]) <= float(second["mean"]) <= float(second["max"]) and float(second["std"]) > 0
 
