@@ -998,7 +998,7 @@ def measure(stats, ratios, args):
 
 
 def evaluate(sampler, problems, args):
-    """Figures of held-out problems, sampled with the same noise every time."""
+    """Figures of held-out problems, sampled with the same noise every time (not by vLLM)."""
     problems, generator = problems[: args.eval_problems], make_generator("evaluation")
     uniforms = torch.rand(len(problems), args.eval_samples, args.max_completion_length, generator=generator)
     mine, sums = problems[RANK::WORLD_SIZE], torch.zeros(4).double()
