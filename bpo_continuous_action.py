@@ -6,9 +6,9 @@ Ao et al., "Bounded Ratio Reinforcement Learning", https://arxiv.org/abs/2604.18
     python bpo_continuous_action.py --env-id Hopper-v4
 
 What differs from the sibling, ppo_continuous_action.py:
-1. target_ratio: the best ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
-2. policy_loss: the distance from it, weighted by abs(advantage) (Eq. 16), in place of the clipped surrogate (Eq. 17).
-3. median_loss and a median network: the baseline that makes the target sum to one (Eq. 15).
+1. target_ratio: the best ratio pi*/pi_0, a sigmoid of return - median (Theorem 4.1, Corollary 4.7).
+2. distance, usually policy_loss: how far the ratio is from it, times abs(advantage) (Eq. 16), not a clipped surrogate.
+3. median_loss and a median network: the baseline that makes the target average 1 (Eq. 15).
 """
 
 import signal
@@ -76,14 +76,14 @@ class Args:
     clip_coef: Positive = 0.3  # epsilon: the ratio's bounds are 1 -+ epsilon
     ratio_low: float | None = None  # c_l, in place of 1 - epsilon
     ratio_high: float | None = None  # c_h, in place of 1 + epsilon
-    temperature: Positive = 0.1  # lambda of Eq. 9, in standard deviations of the advantage if norm_adv
+    temperature: Positive = 0.1  # lambda of Eq. 9, width of target_ratio's step; in stds of the advantage if norm_adv
     median_temperature: Positive | None = None  # lambda of Eq. 15; default: --temperature
-    # its own network (paper), an MLP on the value's hidden layers (authors' code), or the value in its place
+    # its own (paper), an MLP on the value's hidden layers (authors' code), or none: the value is the median
     median_network: Literal["separate", "mlp-head", "none"] = "separate"
     median_coef: NonNegative = 0.5  # w_2, weight of the median loss
     divergence: Literal["atv", "tv", "kl"] = "atv"  # advantage-weighted total variation (Eq. 12), plain (Eq. 11), KL
     tv_coef: NonNegative = 0.0  # alpha_1, weight of tv beside atv (Eq. 16)
-    recompute_advantages: bool = False  # in every minibatch, from the current networks (authors' code)
+    recompute_advantages: bool = False  # old returns less current values and medians (authors' code)
     norm_adv: bool = True  # divide advantages by the minibatch's standard deviation; PPO centres them as well
     norm_obs: bool = True  # standardise observations with running statistics
     min_obs_std: NonNegative = 0.3  # least standard deviation to divide by: an input that hardly varies is not blown up
@@ -128,7 +128,7 @@ def ratio_bounds(args):
 
 
 def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
-    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 at the median, and the bounds far from it.
+    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 if median_advantage is 0, a bound far from 0.
 
     For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
     """
@@ -137,12 +137,12 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
 
 
 def policy_loss(ratio, target, advantage, tv_coef):
-    """Advantage-weighted total variation plus tv_coef times the plain one, Eq. 16: [B], [B], [B] -> [B]"""
+    """Advantage-weighted total variation plus tv_coef times the plain one, Eq. 16, elementwise: [...] -> [...]"""
     return (target - ratio).abs() * (advantage.abs() + tv_coef)
 
 
 def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
-    """Eq. 15: [B], [B] -> [B]. Its gradient in the median is (1 - target_ratio) / (ratio_high - ratio_low)."""
+    """Eq. 15: [B], [B] -> [B]. Its slope, (1 - target_ratio) / (ratio_high - ratio_low), is 0 if targets average 1."""
     x, c = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
     return c / (1 + c) * x + temperature * nn.functional.softplus(math.log(c) - x / temperature)
 
@@ -160,7 +160,7 @@ def minibatch_loss(agent, batch, args):
     entropy = policy.entropy().sum(-1).mean()
     loss = pg_loss + args.vf_coef * v_loss - args.ent_coef * entropy
     stats = {"policy_loss": pg_loss, "value_loss": v_loss, "entropy": entropy}
-    if args.median_network != "none":  # else it would train the value
+    if args.median_network != "none":  # with none the median is the value
         temperature = (args.median_temperature or args.temperature) * scale
         stats["median_loss"] = median_loss(returns, median, low, high, temperature).mean()
         loss = loss + args.median_coef * stats["median_loss"]
@@ -168,22 +168,22 @@ def minibatch_loss(agent, batch, args):
 
 
 def measure_advantages(batch, value, median, args):
-    """Advantages over value and median, and the scale to divide both by: [B], [B], []"""
+    """Advantages over value and median, and the unit of both: [B], [B], []"""
     if not args.recompute_advantages:
         value, median = batch["values"], batch["medians"]
     advantage, median_advantage = batch["returns"] - value.detach(), batch["returns"] - median.detach()
-    # Floored: nearly equal advantages, blown up, would leave the critics little of the clipped gradient.
+    # Floored: nearly equal advantages, blown up, would take all of --max-grad-norm from the critics.
     std = advantage.std(correction=min(1, len(advantage) - 1))
     scale = torch.maximum(std, 0.1 * advantage.abs().mean()) + 1e-8
     return advantage, median_advantage, scale if args.norm_adv else torch.ones(())
 
 
 def distance(log_ratio, target, advantage, args):
-    """Distance of the policy from its target, Eq. 16 or another of Figure 9: [B], [B], [B] -> [B]"""
+    """Distance from the target, Eq. 16 or another of Figure 9; its mean is over pi_0: [B], [B], [B] -> [B]"""
     ratio = log_ratio.exp()
     if args.divergence == "tv":  # Eq. 11
         return (target - ratio).abs()
-    if args.divergence == "kl":  # KL(pi_theta || pi*); - ratio + target, of mean zero, keeps every term >= 0
+    if args.divergence == "kl":  # KL(pi_theta || pi*); target - ratio, of mean zero, keeps all terms >= 0
         return ratio * (log_ratio - target.log()) - ratio + target
     return policy_loss(ratio, target, advantage, args.tv_coef)
 
@@ -220,7 +220,7 @@ def mlp(inputs, outputs, output_gain, args):
 
 
 def critic(inputs, args):
-    return mlp(inputs, 1, 1.0, args).append(nn.Flatten(-2))  # drops the last axis: [..., inputs] -> [...]
+    return mlp(inputs, 1, 1.0, args).append(nn.Flatten(-2))  # [..., 1] -> [...]
 
 
 class RunningNormalizer(nn.Module):
@@ -330,7 +330,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
     values[t+1] must be the value of the observation that step t returned, also where an episode ended. A dummy step's
-    own advantage is meaningless, and the cut keeps it from the step before.
+    own advantage is meaningless; the decay of 0 before it keeps it out of all others.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
@@ -391,6 +391,15 @@ def prepare(agent, rollout, args):
     return {name: x[valid] for name, x in batch.items()}
 
 
+def make_optimizer(agent, args):
+    """Adam on one vector, in minibatch_gradient's order; the parameters become views of it: for speed."""
+    parameters = list(agent.parameters())
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(flat.data, parameters)
+    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
+    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
+
+
 def minibatch_gradient(agent, batch, args):
     """The clipped gradient of all parameters as one vector, and the statistics. It compiles into one graph."""
     loss, stats = minibatch_loss(agent, batch, args)
@@ -445,15 +454,6 @@ def measure(agent, batch, args):
     atv = policy_loss(ratio, target, advantage, 0.0).mean()
     stats |= {"theory/guaranteed_gain": gain, "theory/atv_divergence": atv, "theory/improvement_bound": gain - atv}
     return {name: x.item() for name, x in stats.items()}
-
-
-def make_optimizer(agent, args):
-    """Adam on one vector, in minibatch_gradient's order, whose views the parameters become: for speed."""
-    parameters = list(agent.parameters())
-    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(flat.data, parameters)
-    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
-    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
 
 
 def train(args):
@@ -693,7 +693,7 @@ def load_run(run_dir, name):
         args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
-        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
+        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu", mmap=True)
         if missing := KEYS[name] - set(checkpoint):
             raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
         return args, checkpoint

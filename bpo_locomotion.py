@@ -10,9 +10,9 @@ follows the KL divergence, and critics that see what the robot cannot. The task'
     python bpo_locomotion.py --env-id Mjlab-Velocity-Rough-Unitree-G1 --num-envs 4096 --init-std 1.0   # mjlab, GPU
 
 What differs from the sibling, ppo_locomotion.py:
-1. target_ratio: the best ratio pi*/pi_0, a sigmoid of the median advantage (Theorem 4.1, Corollary 4.7).
+1. target_ratio: the best ratio pi*/pi_0, a sigmoid of return - median (Theorem 4.1, Corollary 4.7).
 2. policy_loss: the distance from it, weighted by abs(advantage) (Eq. 16), in place of the clipped surrogate (Eq. 17).
-3. median_loss and a median network: the baseline that makes the target sum to one (Eq. 15).
+3. median_loss and a median network: the baseline that makes the target average 1 (Eq. 15).
 4. measure_advantages: two kinds, divided by one standard deviation; that of the targets is centred on its median.
 5. Defaults: Table 2's, where the sibling has Table 3's.
 """
@@ -83,12 +83,12 @@ class Args:
     clip_coef: Positive = 0.3  # epsilon: the ratio's bounds are 1 -+ epsilon
     ratio_low: float | None = None  # c_l, in place of 1 - epsilon
     ratio_high: float | None = None  # c_h, in place of 1 + epsilon
-    temperature: Positive = 0.001  # lambda of Eq. 9, in standard deviations of the advantage if norm_adv
+    temperature: Positive = 0.001  # lambda of Eq. 9, width of target_ratio's step; in stds of the advantage if norm_adv
     median_temperature: Positive | None = None  # lambda of Eq. 15; default: --temperature
     median_network: Literal["separate", "none"] = "separate"  # its own network, or the value in its place
     median_coef: NonNegative = 0.5  # w_2, weight of the median loss
     tv_coef: NonNegative = 0.0  # alpha_1, weight of the plain total variation beside the weighted one (Eq. 16)
-    recompute_advantages: bool = False  # in every minibatch, from the current networks (authors' code)
+    recompute_advantages: bool = False  # old returns less current values and medians (authors' code)
     norm_adv: bool = True  # centre the rollout's advantages and divide them by their standard deviation
     norm_obs: bool = True  # standardise observations with running statistics; Isaac Lab, and so the paper, does not
     vf_coef: NonNegative = 0.5  # w_1, weight of the value loss
@@ -131,7 +131,7 @@ def ratio_bounds(args):
 
 
 def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
-    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 at the median, and the bounds far from it.
+    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 if median_advantage is 0, a bound far from 0.
 
     For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
     """
@@ -140,12 +140,12 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
 
 
 def policy_loss(ratio, target, advantage, tv_coef):
-    """Advantage-weighted total variation plus tv_coef times the plain one, Eq. 16: [B], [B], [B] -> [B]"""
+    """Advantage-weighted total variation plus tv_coef times the plain one, Eq. 16, elementwise: [...] -> [...]"""
     return (target - ratio).abs() * (advantage.abs() + tv_coef)
 
 
 def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
-    """Eq. 15: [B], [B] -> [B]. Its gradient in the median is (1 - target_ratio) / (ratio_high - ratio_low)."""
+    """Eq. 15: [B], [B] -> [B]. Its slope, (1 - target_ratio) / (ratio_high - ratio_low), is 0 if targets average 1."""
     x, c = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
     return c / (1 + c) * x + temperature * nn.functional.softplus(math.log(c) - x / temperature)
 
@@ -175,7 +175,7 @@ def minibatch_loss(agent, batch, args):
 def measure_advantages(returns, value, median, args):
     """Advantages over value and median, and the scales to divide both by: [B], [B], [B] -> a dict of tensors [B]."""
     advantage, median_advantage = returns - value, returns - median
-    # Floored: nearly equal advantages, blown up, would leave the critics little of the clipped gradient.
+    # Floored: nearly equal advantages, blown up, would take all of --max-grad-norm from the critics.
     std = advantage.std(correction=min(1, len(advantage) - 1))
     scale = torch.maximum(std, 0.1 * advantage.abs().mean()) + 1e-8 if args.norm_adv else torch.ones_like(std)
     if args.norm_adv:
@@ -227,7 +227,7 @@ def mlp(inputs, outputs, args):
 
 
 def critic(inputs, args):
-    return mlp(inputs, 1, args).append(nn.Flatten(-2))  # drops the last axis: [..., inputs] -> [...]
+    return mlp(inputs, 1, args).append(nn.Flatten(-2))  # [..., 1] -> [...]
 
 
 class RunningNormalizer(nn.Module):
@@ -528,7 +528,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
     values[t+1] must be the value of the observation that step t returned, also where an episode ended. A dummy step's
-    own advantage is meaningless, and the cut keeps it from the step before.
+    own advantage is meaningless; the decay of 0 before it keeps it out of all others.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
@@ -611,6 +611,15 @@ def prepare(agent, rollout, next_step, args):
     return batch | measure_advantages(batch["returns"], batch["values"], batch["medians"], args)
 
 
+def make_optimizer(agent, args):
+    """Adam on one vector, in minibatch_gradient's order; the parameters become views of it: for speed."""
+    parameters = list(agent.parameters())
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(flat.data, parameters)
+    lr = torch.tensor(args.learning_rate, device=flat.device)  # a tensor, so that schedules can change it in place
+    return torch.optim.Adam([flat], lr=lr, fused=True)
+
+
 def minibatch_gradient(agent, batch, args):
     """The clipped gradient of all parameters as one vector, and the statistics. It compiles into one graph."""
     loss, stats = minibatch_loss(agent, batch, args)
@@ -667,15 +676,6 @@ def measure(agent, batch, args):
     atv = policy_loss(ratio, target, advantage, 0.0).mean()
     stats |= {"theory/guaranteed_gain": gain, "theory/atv_divergence": atv, "theory/improvement_bound": gain - atv}
     return {name: x.item() for name, x in stats.items()}
-
-
-def make_optimizer(agent, args):
-    """Adam on one vector, in minibatch_gradient's order, whose views the parameters become: for speed."""
-    parameters = list(agent.parameters())
-    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(flat.data, parameters)
-    lr = torch.tensor(args.learning_rate, device=flat.device)  # a tensor, so that schedules can change it in place
-    return torch.optim.Adam([flat], lr=lr, fused=True)
 
 
 def train(args):
@@ -919,7 +919,7 @@ def load_run(run_dir, name):
         args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
-        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
+        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu", mmap=True)
         if missing := KEYS[name] - set(checkpoint):
             raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
         return args, checkpoint

@@ -8,7 +8,7 @@ Ao et al., "Bounded Ratio Reinforcement Learning", section 4.5, https://arxiv.or
     python gbpo_llm.py --model Qwen/Qwen2.5-Math-1.5B --dataset problems.json ...     see docs/gbpo_llm.md
 
 What differs from the sibling, grpo_llm.py:
-1. target_ratio: the best ratio pi*/pi_0, a sigmoid of the advantage over a baseline (Theorem 4.1, Corollary 4.7).
+1. target_ratio: the best ratio pi*/pi_0, a sigmoid of the advantage less a baseline (Theorem 4.1, Corollary 4.7).
 2. policy_loss: the distance from it, weighted by abs(advantage) (Eq. 16), in place of the clipped surrogate.
 3. exact_baseline: over which a group's targets average to 1 (or, as in the paper, the group's median).
 """
@@ -61,7 +61,6 @@ from pydantic.dataclasses import dataclass
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils import serialization
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
@@ -90,7 +89,7 @@ class Args:
     model: Name | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
     chat_template: bool = False  # wrap prompts in the tokenizer's chat template
     system_prompt: str | None = None  # system message of the chat template
-    # 1 for the right answer: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
+    # 1 for the right answer: the whole completion, a number; in the last \boxed{}; the one of most samples (TTRL)
     reward: Literal["exact", "boxed", "majority"] = "exact"
     reward_fn: tuple[str, ...] = ()  # module:function or path.py:function, in place of --reward; called as by TRL
     reward_weights: tuple[float, ...] = ()  # of several functions, whose rewards are added; default: 1 each
@@ -113,7 +112,7 @@ class Args:
     clip_coef: Positive = 0.2  # epsilon: the ratio's bounds are 1 -+ epsilon
     ratio_low: float | None = None  # c_l, in place of 1 - epsilon
     ratio_high: float | None = None  # c_h, in place of 1 + epsilon
-    target_temperature: Positive = 1e-4  # lambda of Eq. 9, in units of the advantage
+    target_temperature: Positive = 1e-4  # lambda of Eq. 9, width of target_ratio's step, in units of the advantage
     # of the target: what makes a group's targets average to 1 (Corollary 4.7), or the group's median (section 4.5)
     baseline: Literal["exact", "median"] = "exact"
     tv_coef: NonNegative = 0.0  # alpha_1, weight of plain total variation beside the weighted one (Eq. 16)
@@ -134,7 +133,9 @@ class Args:
     eval_top_p: Probability = 0.95  # from the most likely tokens of this total probability
     generator: Literal["transformers", "vllm"] = "transformers"  # vllm: an optional install, on the same device
     vllm_memory: Probability = 0.4  # fraction of the device's memory that vLLM may take
-    generation_batch_size: PositiveInt = 1024  # completions sampled at a time, but at least all of one prompt
+    generation_batch_size: PositiveInt = (
+        1024  # completions sampled at a time, at least a prompt's; TRL's is --num-prompts x --group-size
+    )
     micro_batch_tokens: PositiveInt = 16_384  # tokens per forward and backward pass, padding included
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; Adam keeps float32 copies of its weights
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
@@ -198,7 +199,7 @@ def group_advantages(rewards, quantile=0.5, scale="unbiased"):
 
 
 def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
-    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 at the median, and the bounds far from it.
+    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 if median_advantage is 0, a bound far from 0.
 
     For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
     """
@@ -207,9 +208,9 @@ def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
 
 
 def exact_baseline(advantages, ratio_low, ratio_high, temperature):
-    """The baseline over which a group's targets average to 1, as Corollary 4.7 demands, by bisection: [P, G] -> [P, 1].
+    """The baseline over which a group's targets average to 1, by bisection: [P, G] -> [P, 1].
 
-    Over the plain median they do not where several rewards are equal to it (Remark 4.3), as 0/1 rewards are.
+    The mean ratio of any new policy is 1 (Corollary 4.7). Over the median it is not where rewards tie, as 0/1 ones do.
     """
     below, above = advantages.amin(-1, keepdim=True), advantages.amax(-1, keepdim=True)
     for _ in range(60):  # more would change no digit of a float64
@@ -220,7 +221,7 @@ def exact_baseline(advantages, ratio_low, ratio_high, temperature):
 
 
 def policy_loss(ratio, target, advantage, tv_coef):
-    """Advantage-weighted total variation plus tv_coef times the plain one, Eq. 16: [B], [B], [B] -> [B]"""
+    """Advantage-weighted total variation plus tv_coef times the plain one, Eq. 16, elementwise: [...] -> [...]"""
     return (target - ratio).abs() * (advantage.abs() + tv_coef)
 
 
@@ -877,8 +878,8 @@ def make_minibatches(model, reference, groups, args):
 def make_minibatch(model, reference, groups, args):
     """A list of micro-batches: tensors [B, T] and [B], left_padded, and tokens, the minibatch's count.
 
-    The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1: GBPO's
-    loss has its kink there, and noise would turn into gradient.
+    The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1: with
+    a target of 1 GBPO's loss has its kink there, and noise would turn into gradient.
     """
     prompts = [group["problem"]["ids"] for group in groups for _ in group["completions"]]
     completions, sampled = ([x for group in groups for x in group[name]] for name in ("completions", "log_probs"))
@@ -998,7 +999,7 @@ def measure(stats, ratios, args):
 
 
 def evaluate(sampler, problems, args):
-    """Figures of held-out problems, sampled with the same noise every time (not by vLLM)."""
+    """Figures of held-out problems, with the same noise every time (not by vLLM); a --reward-fn votes by whole text."""
     problems, generator = problems[: args.eval_problems], make_generator("evaluation")
     uniforms = torch.rand(len(problems), args.eval_samples, args.max_completion_length, generator=generator)
     mine, sums = problems[RANK::WORLD_SIZE], torch.zeros(4).double()
@@ -1172,8 +1173,7 @@ class Run(ExitStack):
             self.dir = Path(self.args.resume)
             if RANK == 0 and self.dir.exists():
                 self.enter_context(FileLock(self.dir / "lock", timeout=0))
-            with serialization.config.patch("load.mmap", True):  # a process reads only what it needs
-                _, self.saved = load_run(self.dir, "checkpoint.pt")
+            _, self.saved = load_run(self.dir, "checkpoint.pt")
             self.step = self.saved["step"]
             if self.step >= self.args.total_timesteps and (self.dir / "model").exists():
                 raise BadInput(f"{self.dir} is complete: to go on, add a larger --total-timesteps")
@@ -1382,7 +1382,7 @@ def load_run(run_dir, name):
         args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
-        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
+        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu", mmap=True)
         if missing := KEYS[name] - set(checkpoint):
             raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
         return args, checkpoint

@@ -56,7 +56,6 @@ from pydantic.dataclasses import dataclass
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils import serialization
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.tensorboard import SummaryWriter
@@ -86,7 +85,7 @@ class Args:
     model: Name | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
     chat_template: bool = False  # wrap prompts in the tokenizer's chat template
     system_prompt: str | None = None  # system message of the chat template
-    # 1 for the right answer: the whole completion, in the last \boxed{}, or the one most samples gave (TTRL)
+    # 1 for the right answer: the whole completion, a number; in the last \boxed{}; the one of most samples (TTRL)
     reward: Literal["exact", "boxed", "majority"] = "exact"
     reward_fn: tuple[str, ...] = ()  # module:function or path.py:function, in place of --reward; called as by TRL
     reward_weights: tuple[float, ...] = ()  # of several functions, whose rewards are added; default: 1 each
@@ -126,7 +125,9 @@ class Args:
     eval_top_p: Probability = 0.95  # from the most likely tokens of this total probability
     generator: Literal["transformers", "vllm"] = "transformers"  # vllm: an optional install, on the same device
     vllm_memory: Probability = 0.4  # fraction of the device's memory that vLLM may take
-    generation_batch_size: PositiveInt = 1024  # completions sampled at a time, but at least all of one prompt
+    generation_batch_size: PositiveInt = (
+        1024  # completions sampled at a time, at least a prompt's; TRL's is --num-prompts x --group-size
+    )
     micro_batch_tokens: PositiveInt = 16_384  # tokens per forward and backward pass, padding included
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; Adam keeps float32 copies of its weights
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
@@ -875,8 +876,8 @@ def make_minibatches(model, reference, groups, args):
 def make_minibatch(model, reference, groups, args):
     """A list of micro-batches: tensors [B, T] and [B], left_padded, and tokens, the minibatch's count.
 
-    The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1: GBPO's
-    loss has its kink there, and noise would turn into gradient.
+    The old log-probabilities come from the same computation as the new ones, so the first ratio is exactly 1: with
+    a target of 1 GBPO's loss has its kink there, and noise would turn into gradient.
     """
     prompts = [group["problem"]["ids"] for group in groups for _ in group["completions"]]
     completions, sampled = ([x for group in groups for x in group[name]] for name in ("completions", "log_probs"))
@@ -996,7 +997,7 @@ def measure(stats, ratios, args):
 
 
 def evaluate(sampler, problems, args):
-    """Figures of held-out problems, sampled with the same noise every time (not by vLLM)."""
+    """Figures of held-out problems, with the same noise every time (not by vLLM); a --reward-fn votes by whole text."""
     problems, generator = problems[: args.eval_problems], make_generator("evaluation")
     uniforms = torch.rand(len(problems), args.eval_samples, args.max_completion_length, generator=generator)
     mine, sums = problems[RANK::WORLD_SIZE], torch.zeros(4).double()
@@ -1170,8 +1171,7 @@ class Run(ExitStack):
             self.dir = Path(self.args.resume)
             if RANK == 0 and self.dir.exists():
                 self.enter_context(FileLock(self.dir / "lock", timeout=0))
-            with serialization.config.patch("load.mmap", True):  # a process reads only what it needs
-                _, self.saved = load_run(self.dir, "checkpoint.pt")
+            _, self.saved = load_run(self.dir, "checkpoint.pt")
             self.step = self.saved["step"]
             if self.step >= self.args.total_timesteps and (self.dir / "model").exists():
                 raise BadInput(f"{self.dir} is complete: to go on, add a larger --total-timesteps")
@@ -1380,7 +1380,7 @@ def load_run(run_dir, name):
         args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
-        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
+        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu", mmap=True)
         if missing := KEYS[name] - set(checkpoint):
             raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
         return args, checkpoint

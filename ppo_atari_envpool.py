@@ -165,7 +165,7 @@ def head(inputs, outputs, output_gain, hidden):
 
 
 def critic(inputs, hidden):
-    return head(inputs, 1, 1.0, hidden).append(nn.Flatten(-2))  # drops the last axis: -> [...]
+    return head(inputs, 1, 1.0, hidden).append(nn.Flatten(-2))  # [..., 1] -> [...]
 
 
 class Agent(nn.Module):
@@ -233,7 +233,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
     values[t+1] must be the value of the observation that step t returned, also where an episode ended. A dummy step's
-    own advantage is meaningless, and the cut keeps it from the step before.
+    own advantage is meaningless; the decay of 0 before it keeps it out of all others.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
@@ -347,7 +347,7 @@ def measure(agent, batch, args):
 
 
 def make_optimizer(agent, args):
-    """Adam on one vector, in minibatch_gradient's order, whose views the parameters become: for speed."""
+    """Adam on one vector, in minibatch_gradient's order; the parameters become views of it: for speed."""
     parameters = list(agent.parameters())
     flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(flat.data, parameters)
@@ -623,7 +623,7 @@ def load_run(run_dir, name):
         args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
-        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
+        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu", mmap=True)
         if missing := KEYS[name] - set(checkpoint):
             raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
         return args, checkpoint

@@ -162,7 +162,7 @@ def mlp(inputs, outputs, output_gain, args):
 
 
 def critic(inputs, args):
-    return mlp(inputs, 1, 1.0, args).append(nn.Flatten(-2))  # drops the last axis: [..., inputs] -> [...]
+    return mlp(inputs, 1, 1.0, args).append(nn.Flatten(-2))  # [..., 1] -> [...]
 
 
 class RunningNormalizer(nn.Module):
@@ -269,7 +269,7 @@ def compute_gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
     rewards[T, N], values[T+1, N], terminated[T, N], truncated[T, N] -> advantages[T, N], returns[T, N].
     values[t+1] must be the value of the observation that step t returned, also where an episode ended. A dummy step's
-    own advantage is meaningless, and the cut keeps it from the step before.
+    own advantage is meaningless; the decay of 0 before it keeps it out of all others.
     """
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(values)
@@ -329,6 +329,15 @@ def prepare(agent, rollout, args):
     return {name: x[valid] for name, x in batch.items()}
 
 
+def make_optimizer(agent, args):
+    """Adam on one vector, in minibatch_gradient's order; the parameters become views of it: for speed."""
+    parameters = list(agent.parameters())
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(flat.data, parameters)
+    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
+    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
+
+
 def minibatch_gradient(agent, batch, args):
     """The clipped gradient of all parameters as one vector, and the statistics. It compiles into one graph."""
     loss, stats = minibatch_loss(agent, batch, args)
@@ -377,15 +386,6 @@ def measure(agent, batch, args):
     unexplained = (returns - batch["values"]).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
     stats |= {"losses/explained_variance": 1 - unexplained, "charts/log_std": agent.log_std.mean()}
     return {name: x.item() for name, x in stats.items()}
-
-
-def make_optimizer(agent, args):
-    """Adam on one vector, in minibatch_gradient's order, whose views the parameters become: for speed."""
-    parameters = list(agent.parameters())
-    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(flat.data, parameters)
-    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
-    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
 
 
 def train(args):
@@ -625,7 +625,7 @@ def load_run(run_dir, name):
         args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
-        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu")
+        checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu", mmap=True)
         if missing := KEYS[name] - set(checkpoint):
             raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
         return args, checkpoint

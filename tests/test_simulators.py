@@ -68,7 +68,7 @@ def test_backends_play_hopper_and_neighbouring_seeds_differ(script, tmp_path):
 
 
 @pytest.mark.slow
-@each(*CONTINUOUS)
+@each(BPO[0])
 def test_hopper_improves_and_its_episodes_fill_the_steps(script, tmp_path):
     settings = dict(env_id="Hopper-v4", env_backend="envpool", hidden_size=64, num_steps=512, minibatch_size=64)
     run_dir = train(script, tmp_path, **settings, update_epochs=10, total_timesteps=25_000, checkpoint_seconds=30)
