@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import types
 
@@ -493,6 +494,29 @@ def test_a_broken_run_is_one_line_and_status_1(script, tmp_path, monkeypatch, ca
     code, (line,) = command_line(script, words, monkeypatch, capsys)
     assert code == 1 and re.match(r"error: losses/policy_loss is nan at step \d+\. ", line)
     assert "Checkpoints made before are kept; resumed with the same settings it ends here again" in line
+
+
+@each(BPO[0])
+def test_a_stop_hides_no_error_but_those_it_may_have_caused(script, tmp_path):
+    run = script.Run(script.Args())
+    run.dir, run.stopping = tmp_path, True
+    for error in (script.BrokenRun("a weight is not finite"), OSError("no space left")):
+        with pytest.raises(type(error), match=str(error)), run:
+            raise error
+    with pytest.raises(SystemExit, match="stopped at step 0; go on with: "), run:
+        raise RuntimeError("the compiler was interrupted")
+
+
+@each(ATARI[0])
+def test_followers_heed_nohup(script):
+    own = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with script.Follower(script.Args()) as follower:
+            follower.begin()
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == follower.request_stop
+    finally:
+        signal.signal(signal.SIGHUP, own)
 
 
 # --- learning
