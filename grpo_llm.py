@@ -125,9 +125,7 @@ class Args:
     eval_top_p: Probability = 0.95  # from the most likely tokens of this total probability
     generator: Literal["transformers", "vllm"] = "transformers"  # vllm: an optional install, on the same device
     vllm_memory: Probability = 0.4  # fraction of the device's memory that vLLM may take
-    generation_batch_size: PositiveInt = (
-        1024  # completions sampled at a time, at least a prompt's; TRL's is --num-prompts x --group-size
-    )
+    generation_batch_size: PositiveInt = 1024  # completions sampled at a time, at least a prompt's (TRL's: all)
     micro_batch_tokens: PositiveInt = 16_384  # tokens per forward and backward pass, padding included
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; Adam keeps float32 copies of its weights
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
