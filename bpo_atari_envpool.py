@@ -129,7 +129,7 @@ def ratio_bounds(args):
 
 
 def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
-    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 if median_advantage is 0, a bound far from 0.
+    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 where median_advantage is 0, a bound far off.
 
     For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
     """
@@ -143,7 +143,7 @@ def policy_loss(ratio, target, advantage, tv_coef):
 
 
 def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
-    """Eq. 15: [B], [B] -> [B]. Its slope, (1 - target_ratio) / (ratio_high - ratio_low), is 0 if targets average 1."""
+    """Eq. 15: [B], [B] -> [B]. Its gradient in the median is (1 - target_ratio) / (ratio_high - ratio_low)."""
     x, c = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
     return c / (1 + c) * x + temperature * nn.functional.softplus(math.log(c) - x / temperature)
 
@@ -357,6 +357,15 @@ def minibatch_moments(advantages):
     return torch.stack([mean, size, std], -1).float()
 
 
+def make_optimizer(agent, args):
+    """Adam on one vector, in minibatch_gradient's order; the parameters become views of it: for speed."""
+    parameters = list(agent.parameters())
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(flat.data, parameters)
+    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
+    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
+
+
 def minibatch_gradient(loss_function, agent, batch, args):
     """The clipped gradient of all parameters as one vector, the mean over all processes, and the statistics."""
     loss, stats = loss_function(agent, batch, args)
@@ -412,15 +421,6 @@ def measure(agent, batch, args):
     atv = policy_loss(ratio, target, advantage, 0.0).mean()
     stats |= {"theory/guaranteed_gain": gain, "theory/atv_divergence": atv, "theory/improvement_bound": gain - atv}
     return {name: x.item() for name, x in stats.items()}
-
-
-def make_optimizer(agent, args):
-    """Adam on one vector, in minibatch_gradient's order; the parameters become views of it: for speed."""
-    parameters = list(agent.parameters())
-    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(flat.data, parameters)
-    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
-    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
 
 
 def train(args):
@@ -518,9 +518,7 @@ class Run(ExitStack):
         write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
         self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
         self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
-                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
+        self.catch_signals()
         self.episodes, self.first_step = self.saved.get("episodes", []), self.step
         self.start_time = self.line_time = time.time()
         say(f"{args.env_id}, seed {args.seed}: {self.dir}")
@@ -556,6 +554,11 @@ class Run(ExitStack):
         for path, size in sizes.items():
             os.truncate(path, size)  # drops rows written after the checkpoint
         return about
+
+    def catch_signals(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
 
     def request_stop(self, number, frame):
         """The first signal ends the run after the iteration, a second one ends the process at once."""
@@ -640,9 +643,7 @@ class Follower(Run):
             part.load_state_dict(self.saved[name])
         seed = np.random.SeedSequence([self.args.seed, self.step, RANK]).generate_state(1)
         torch.manual_seed(int(seed[0]))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
+        self.catch_signals()
 
     def log(self, step, episodes, metrics):
         pass

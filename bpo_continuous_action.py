@@ -128,7 +128,7 @@ def ratio_bounds(args):
 
 
 def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
-    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 if median_advantage is 0, a bound far from 0.
+    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 where median_advantage is 0, a bound far off.
 
     For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
     """
@@ -142,7 +142,7 @@ def policy_loss(ratio, target, advantage, tv_coef):
 
 
 def median_loss(returns, median_values, ratio_low, ratio_high, temperature):
-    """Eq. 15: [B], [B] -> [B]. Its slope, (1 - target_ratio) / (ratio_high - ratio_low), is 0 if targets average 1."""
+    """Eq. 15: [B], [B] -> [B]. Its gradient in the median is (1 - target_ratio) / (ratio_high - ratio_low)."""
     x, c = returns - median_values, (ratio_high - 1) / (1 - ratio_low)
     return c / (1 + c) * x + temperature * nn.functional.softplus(math.log(c) - x / temperature)
 
@@ -547,9 +547,7 @@ class Run(ExitStack):
         write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
         self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
         self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
-                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
+        self.catch_signals()
         self.episodes, self.first_step = self.saved.get("episodes", []), self.step
         self.start_time = self.line_time = time.time()
         say(f"{args.env_id}, seed {args.seed}: {self.dir}")
@@ -585,6 +583,11 @@ class Run(ExitStack):
         for path, size in sizes.items():
             os.truncate(path, size)  # drops rows written after the checkpoint
         return about
+
+    def catch_signals(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
 
     def request_stop(self, number, frame):
         """The first signal ends the run after the iteration, a second one ends the process at once."""

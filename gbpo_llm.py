@@ -89,7 +89,7 @@ class Args:
     model: Name | None = None  # folder or Hub id of a causal language model; default: a tiny one, taught to add
     chat_template: bool = False  # wrap prompts in the tokenizer's chat template
     system_prompt: str | None = None  # system message of the chat template
-    # 1 for the right answer: the whole completion, a number; in the last \boxed{}; the one of most samples (TTRL)
+    # 1 for the right answer. exact: the completion is that number; boxed: the last \boxed{} is; majority: TTRL's votes
     reward: Literal["exact", "boxed", "majority"] = "exact"
     reward_fn: tuple[str, ...] = ()  # module:function or path.py:function, in place of --reward; called as by TRL
     reward_weights: tuple[float, ...] = ()  # of several functions, whose rewards are added; default: 1 each
@@ -133,7 +133,7 @@ class Args:
     eval_top_p: Probability = 0.95  # from the most likely tokens of this total probability
     generator: Literal["transformers", "vllm"] = "transformers"  # vllm: an optional install, on the same device
     vllm_memory: Probability = 0.4  # fraction of the device's memory that vLLM may take
-    generation_batch_size: PositiveInt = 1024  # completions sampled at a time, at least a prompt's (TRL's: all)
+    generation_batch_size: PositiveInt = 1024  # completions sampled at a time, but at least all of one prompt
     micro_batch_tokens: PositiveInt = 16_384  # tokens per forward and backward pass, padding included
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the model; Adam keeps float32 copies of its weights
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, less memory
@@ -197,7 +197,7 @@ def group_advantages(rewards, quantile=0.5, scale="unbiased"):
 
 
 def target_ratio(median_advantage, ratio_low, ratio_high, temperature):
-    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 if median_advantage is 0, a bound far from 0.
+    """The best ratio pi*/pi_0, Corollary 4.7: [...] -> [...]. It is 1 where median_advantage is 0, a bound far off.
 
     For bounds 1 -+ epsilon it is Theorem 4.1, 1 + epsilon * tanh(median_advantage / (2 * temperature)).
     """

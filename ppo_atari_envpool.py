@@ -295,6 +295,15 @@ def minibatch_moments(advantages):
     return torch.stack([mean, size, std], -1).float()
 
 
+def make_optimizer(agent, args):
+    """Adam on one vector, in minibatch_gradient's order; the parameters become views of it: for speed."""
+    parameters = list(agent.parameters())
+    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(flat.data, parameters)
+    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
+    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
+
+
 def minibatch_gradient(loss_function, agent, batch, args):
     """The clipped gradient of all parameters as one vector, the mean over all processes, and the statistics."""
     loss, stats = loss_function(agent, batch, args)
@@ -344,15 +353,6 @@ def measure(agent, batch, args):
     unexplained = (returns - batch["values"]).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
     stats |= {"losses/explained_variance": 1 - unexplained}
     return {name: x.item() for name, x in stats.items()}
-
-
-def make_optimizer(agent, args):
-    """Adam on one vector, in minibatch_gradient's order; the parameters become views of it: for speed."""
-    parameters = list(agent.parameters())
-    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(flat.data, parameters)
-    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
-    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
 
 
 def train(args):
@@ -450,9 +450,7 @@ class Run(ExitStack):
         write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
         self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
         self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
-                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
+        self.catch_signals()
         self.episodes, self.first_step = self.saved.get("episodes", []), self.step
         self.start_time = self.line_time = time.time()
         say(f"{args.env_id}, seed {args.seed}: {self.dir}")
@@ -488,6 +486,11 @@ class Run(ExitStack):
         for path, size in sizes.items():
             os.truncate(path, size)  # drops rows written after the checkpoint
         return about
+
+    def catch_signals(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
 
     def request_stop(self, number, frame):
         """The first signal ends the run after the iteration, a second one ends the process at once."""
@@ -572,9 +575,7 @@ class Follower(Run):
             part.load_state_dict(self.saved[name])
         seed = np.random.SeedSequence([self.args.seed, self.step, RANK]).generate_state(1)
         torch.manual_seed(int(seed[0]))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
+        self.catch_signals()
 
     def log(self, step, episodes, metrics):
         pass

@@ -479,9 +479,7 @@ class Run(ExitStack):
         write_atomically(self.dir / "args.json", json.dumps(about, indent=2).encode())
         self.logs = {x: self.enter_context((self.dir / x).open("a")) for x in ("episodes.csv", "metrics.csv")}
         self.writer = self.enter_context(SummaryWriter(self.dir, purge_step=self.step + 1))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
-                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
+        self.catch_signals()
         self.episodes, self.first_step = self.saved.get("episodes", []), self.step
         self.start_time = self.line_time = time.time()
         say(f"{args.env_id}, seed {args.seed}: {self.dir}")
@@ -517,6 +515,11 @@ class Run(ExitStack):
         for path, size in sizes.items():
             os.truncate(path, size)  # drops rows written after the checkpoint
         return about
+
+    def catch_signals(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
+                self.callback(signal.signal, number, signal.signal(number, self.request_stop))
 
     def request_stop(self, number, frame):
         """The first signal ends the run after the iteration, a second one ends the process at once."""

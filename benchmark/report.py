@@ -31,7 +31,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.ticker import EngFormatter
 from rliable import library, metrics
 from run import HARMLESS, RUNNERS
-from scipy.stats import bootstrap, ttest_1samp
+from scipy.stats import DegenerateDataWarning, bootstrap, ttest_1samp
 
 WINDOW = 100  # episodes
 DRAWS = 2000  # of a bootstrap
@@ -73,7 +73,7 @@ def read_run(folder):
     for name in ["metrics", *{"locomotion": [], "llm": ["evaluations"]}.get(kind, ["episodes"])]:
         tables[name] = pd.read_csv(folder / f"{name}.csv").astype(float)
         if tables[name].empty:
-            raise ValueError(f"{name}.csv has no rows")
+            raise ValueError("no episode has ended" if name == "episodes" else f"{name}.csv is empty")
         if name != "metrics" and tables[name].isna().any(axis=None):
             raise ValueError(f"{name}.csv is damaged")
     if (path := folder / "evaluations.csv").exists() and kind != "llm":
@@ -101,8 +101,7 @@ def summarise(about, tables):
 
 def read_report(folder):
     """Curves and summary of an earlier report, tables, and settings, which some lack."""
-    text = dict.fromkeys(("group", "commit"), str)
-    curves, summary = (pd.read_csv(folder / name, dtype=text) for name in ("curves.csv", "summary.csv"))
+    curves, summary = (pd.read_csv(folder / name, dtype={"group": str}) for name in ("curves.csv", "summary.csv"))
     if set(curves[KEYS].itertuples(index=False)) != set(summary[KEYS].itertuples(index=False)):
         raise ValueError("curves.csv and summary.csv hold different runs")
     settings = folder / "settings.json"
@@ -214,8 +213,8 @@ def collect(args):
             points, runs, theirs = read_report(folder)
             curves, summaries = [*curves, points], [*summaries, runs]
             for task, groups in theirs.items():
-                for group, known in groups.items():
-                    check_settings(folder, known, group, settings.setdefault(task, {}))
+                for group, own in groups.items():
+                    check_settings(folder, own, group, settings.setdefault(task, {}))
     earlier = pd.concat([pd.DataFrame(columns=[*KEYS, "step"]), *curves])
     interval = choose_interval([about["args"]["total_timesteps"] for _, about, _ in new])
     for folder, about, tables in new:
@@ -549,7 +548,7 @@ def to_csv(table, digits):
 def main(args):
     """Makes the report."""
     matplotlib.use("Agg")
-    warnings.simplefilter("ignore", RuntimeWarning)  # at a curve's start
+    warnings.simplefilter("ignore", DegenerateDataWarning)
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     np.random.seed(0)  # rliable draws from it, whatever random_state it has
     curves, summary, settings = collect(args)
