@@ -17,7 +17,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports below
 
 import argparse
-import dataclasses
 import difflib
 import io
 import json
@@ -358,11 +357,11 @@ def minibatch_moments(advantages):
 
 
 def make_optimizer(agent, args):
-    """Adam on one vector, in minibatch_gradient's order; the parameters become views of it: for speed."""
+    """Adam on one vector, which processes average at once; the parameters become views of it."""
     parameters = list(agent.parameters())
     flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(flat.data, parameters)
-    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
+    lr = torch.tensor(args.learning_rate)  # a tensor: schedules change it in place
     return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
 
 
@@ -482,7 +481,6 @@ class Run(ExitStack):
         """Locks the folder and reads the checkpoint, if this is to resume a run."""
         if self.args.resume is not None:
             self.dir = Path(self.args.resume)
-            load_run(self.dir, "checkpoint.pt")
             self.enter_context(FileLock(self.dir / "lock", timeout=0))
             _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
             self.step = self.saved["step"]
@@ -546,7 +544,7 @@ class Run(ExitStack):
                 part.load_state_dict(self.saved[name])
             torch.set_rng_state(self.saved["rng_state"])
         except Exception:  # damaged checkpoints raise many kinds
-            raise BadInput(f"the checkpoint in {self.dir} does not fit its args.json or the task") from None
+            raise BadInput(f"{self.dir}'s checkpoint does not fit its args.json, the task or this version") from None
         sizes = {self.dir / Path(name).name: size for name, size in self.saved["log_sizes"].items()}
         if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
             raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
@@ -620,13 +618,12 @@ class Run(ExitStack):
         self.save()
         if self.step < self.args.total_timesteps:
             raise SystemExit(self.stop_message())
-        write_atomically(self.dir / "agent.pt", {"agent": self.parts["agent"].state_dict()})
+        write_atomically(self.dir / "agent.pt", {"agent": self.parts["agent"].state_dict(), "step": self.step})
         say(f"complete at step {self.step}; to see it: python enjoy.py {shlex.quote(str(self.dir))} --video")
         return str(self.dir)
 
     def stop_message(self):
-        words = [sys.executable, os.path.abspath(__file__), "--resume", str(self.dir.resolve())]
-        words += ["--env-id", self.args.env_id] if ":" in self.args.env_id else []
+        words = [sys.executable, __file__, "--resume", str(self.dir.resolve()), "--env-id", self.args.env_id]
         return f"stopped at step {self.step}; go on with: {shlex.join(words)}"
 
 
@@ -687,9 +684,9 @@ def load_run(run_dir, name):
         about = json.loads(Path(run_dir, "args.json").read_bytes())
         if (about["script"], about.get("format")) != (SCRIPT, FORMAT):
             raise ValueError(f"it was made by another script or version, {about['script']}.py")
-        if missing := vars(Args()).keys() - about["args"].keys():
-            raise ValueError(f"args.json lacks {', '.join(sorted(missing))}")
         args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
+        if missing := vars(args).keys() - about["args"].keys():
+            raise ValueError(f"args.json lacks {', '.join(sorted(missing))}")
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
         checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu", mmap=True)
@@ -784,7 +781,8 @@ def read_args(words):
     run_dir = parser.parse_known_args(words)[0].resume
     if run_dir is None:
         return tyro.cli(Args, args=words)
-    saved = dataclasses.replace(load_run(run_dir, "checkpoint.pt")[0], resume=run_dir)
+    saved, _ = load_run(run_dir, "checkpoint.pt")
+    saved.resume = run_dir
     args = tyro.cli(Args, args=words, default=saved)
     for name, value in vars(saved).items():
         if getattr(args, name) != value and name not in MAY_CHANGE:

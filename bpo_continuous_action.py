@@ -17,7 +17,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes during the slow imports below
 
 import argparse
-import dataclasses
 import difflib
 import io
 import json
@@ -234,12 +233,11 @@ class RunningNormalizer(nn.Module):
 
     def update(self, samples):
         """samples[B, size], B >= 1"""
-        samples, new = samples.double(), len(samples)
-        delta, total = samples.mean(0) - self.mean, self.count + new
-        m2 = self.var * self.count + samples.var(0, correction=0) * new
-        self.var.copy_((m2 + delta**2 * self.count * new / total) / total)
-        self.mean += delta * new / total
-        self.count += new
+        samples, share = samples.double(), len(samples) / (self.count + len(samples))
+        delta = samples.mean(0) - self.mean
+        self.var += share * (samples.var(0, correction=0) - self.var + (1 - share) * delta**2)
+        self.mean += share * delta
+        self.count += len(samples)
 
     def std(self):
         return (self.var + 1e-8).sqrt().clamp(min=self.min_std).float()
@@ -392,34 +390,31 @@ def prepare(agent, rollout, args):
 
 
 def make_optimizer(agent, args):
-    """Adam on one vector, in minibatch_gradient's order; the parameters become views of it: for speed."""
-    parameters = list(agent.parameters())
-    flat = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(flat.data, parameters)
-    lr = torch.tensor(args.learning_rate)  # a tensor, so that schedules can change it in place
-    return torch.optim.Adam([flat], lr=lr, eps=1e-5, fused=True)
+    lr = torch.tensor(args.learning_rate)  # a tensor: schedules change it in place
+    return torch.optim.Adam(agent.parameters(), lr=lr, eps=1e-5, fused=True)
 
 
 def minibatch_gradient(agent, batch, args):
-    """The clipped gradient of all parameters as one vector, and the statistics. It compiles into one graph."""
+    """The clipped gradients of all parameters, and the statistics. It compiles into one graph."""
     loss, stats = minibatch_loss(agent, batch, args)
     gradients = torch.autograd.grad(loss, list(agent.parameters()))
     norm = torch.stack([x.norm() for x in gradients]).norm()
     clip = (args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     stats = {name: x.detach() for name, x in stats.items()} | {"grad_norm": norm}
-    return torch.cat([(x * clip).flatten() for x in gradients]), stats
+    return [x * clip for x in gradients], stats
 
 
 def update(agent, optimizer, gradient_function, batch, args):
     """Epochs of gradient steps; returns the mean of each statistic over all minibatches."""
     (group,), history, samples = optimizer.param_groups, [], len(batch["obs"])
-    (flat,) = group["params"]
     # The last minibatch is topped up from the first, so that all have one size.
     places = torch.arange(math.ceil(samples / args.minibatch_size) * args.minibatch_size) % samples
     for _ in range(args.update_epochs):
         for rows in torch.randperm(samples)[places].split(args.minibatch_size):
             minibatch = {name: x[rows] for name, x in batch.items()}
-            flat.grad, stats = gradient_function(agent, minibatch, args)
+            gradients, stats = gradient_function(agent, minibatch, args)
+            for parameter, gradient in zip(group["params"], gradients):
+                parameter.grad = gradient
             if args.lr_schedule == "adaptive":
                 group["lr"].copy_(adaptive_learning_rate(group["lr"], stats["kl"], args.desired_kl))
             optimizer.step()
@@ -511,7 +506,6 @@ class Run(ExitStack):
         """Locks the folder and reads the checkpoint, if this is to resume a run."""
         if self.args.resume is not None:
             self.dir = Path(self.args.resume)
-            load_run(self.dir, "checkpoint.pt")
             self.enter_context(FileLock(self.dir / "lock", timeout=0))
             _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
             self.step = self.saved["step"]
@@ -575,7 +569,7 @@ class Run(ExitStack):
                 part.load_state_dict(self.saved[name])
             torch.set_rng_state(self.saved["rng_state"])
         except Exception:  # damaged checkpoints raise many kinds
-            raise BadInput(f"the checkpoint in {self.dir} does not fit its args.json or the task") from None
+            raise BadInput(f"{self.dir}'s checkpoint does not fit its args.json, the task or this version") from None
         sizes = {self.dir / Path(name).name: size for name, size in self.saved["log_sizes"].items()}
         if lost := [path for path, size in sizes.items() if not path.exists() or path.stat().st_size < size]:
             raise BadInput(f"{lost[0]} has lost rows that it had when the checkpoint was made")
@@ -649,13 +643,12 @@ class Run(ExitStack):
         self.save()
         if self.step < self.args.total_timesteps:
             raise SystemExit(self.stop_message())
-        write_atomically(self.dir / "agent.pt", {"agent": self.parts["agent"].state_dict()})
+        write_atomically(self.dir / "agent.pt", {"agent": self.parts["agent"].state_dict(), "step": self.step})
         say(f"complete at step {self.step}; to see it: python enjoy.py {shlex.quote(str(self.dir))} --video")
         return str(self.dir)
 
     def stop_message(self):
-        words = [sys.executable, os.path.abspath(__file__), "--resume", str(self.dir.resolve())]
-        words += ["--env-id", self.args.env_id] if ":" in self.args.env_id else []
+        words = [sys.executable, __file__, "--resume", str(self.dir.resolve()), "--env-id", self.args.env_id]
         return f"stopped at step {self.step}; go on with: {shlex.join(words)}"
 
 
@@ -691,9 +684,9 @@ def load_run(run_dir, name):
         about = json.loads(Path(run_dir, "args.json").read_bytes())
         if (about["script"], about.get("format")) != (SCRIPT, FORMAT):
             raise ValueError(f"it was made by another script or version, {about['script']}.py")
-        if missing := vars(Args()).keys() - about["args"].keys():
-            raise ValueError(f"args.json lacks {', '.join(sorted(missing))}")
         args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
+        if missing := vars(args).keys() - about["args"].keys():
+            raise ValueError(f"args.json lacks {', '.join(sorted(missing))}")
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
         checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu", mmap=True)
@@ -731,7 +724,8 @@ def read_args(words):
     typed = parser.parse_known_args(words)[0]
     if typed.resume is None:
         return tyro.cli(Args, args=words)
-    saved = dataclasses.replace(load_run(typed.resume, "checkpoint.pt")[0], resume=typed.resume)
+    saved, _ = load_run(typed.resume, "checkpoint.pt")
+    saved.resume = typed.resume
     if ":" in saved.env_id and typed.env_id is None:  # module:task, code that a file names is not run
         raise BadInput(f"the task is code of your own: if it is yours, add --env-id {shlex.quote(saved.env_id)}")
     args = tyro.cli(Args, args=words, default=saved)

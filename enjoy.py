@@ -50,35 +50,27 @@ SCRIPTS = {x.SCRIPT: x for x in CONTROL + ATARI + ROBOTS}  # nothing else is eve
 
 @dataclass(config=dict(extra="forbid", hide_input_in_errors=True))
 class Options:
+    # folders of runs
     run_dirs: Annotated[
         tuple[str, ...], Field(min_length=1), tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR ...")
     ]
-    """folders of runs"""
-    episodes: Annotated[int, Field(ge=1, le=10_000)] = 10
-    """environments; the first episode of each counts"""
+    episodes: Annotated[int, Field(ge=1, le=10_000)] = 10  # environments; the first episode of each counts
+    # seed of simulators and sampled actions; default: the run's own
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """seed of simulators and sampled actions; default: the run's own"""
-    stochastic: bool = False
-    """sample actions, as training does, not the most probable ones"""
-    env_id: str | None = None
-    """another task with the same observation and action sizes"""
+    stochastic: bool = False  # sample actions, as training does, not the most probable ones
+    env_id: str | None = None  # another task with the same observation and action sizes
+    # film an episode: in Gymnasium's version of the task, of Atari games and legged robots in their simulator
     video: bool = False
-    """film an episode: in Gymnasium's version of the task, of Atari games and legged robots in their simulator"""
-    max_steps: PositiveInt = 10_000
-    """episodes are cut after so many steps"""
+    max_steps: PositiveInt = 10_000  # episodes are cut after so many steps
+    # of a legged robot's film: velocity forwards and to the left (m/s) and of turning left (rad/s), kept throughout
     command: tuple[float, float, float] | None = None
-    """of a legged robot's film: velocity forwards and to the left (m/s) and of turning left (rad/s), kept throughout"""
+    # of a legged robot: write its policy to RUN_DIR/policy.pt2 (torch.export), which needs no file of ours
     export: bool = False
-    """of a legged robot: write its policy to RUN_DIR/policy.pt2 (torch.export), which needs no file of ours"""
 
 
 def load_agent(run_dir, env_id=None):
     """A run's policy, a function: obs[..., O] -> action[..., A], arrays. ValueError if there is none."""
-    run = load(run_dir, env_id)
-    envs, *spaces = run.script.make_envs(run.args, 1, 0)
-    agent = make_agent(run, envs, *spaces)
-    envs.close()
-    return functools.partial(act, agent)
+    return functools.partial(act, load(run_dir, env_id).agent)
 
 
 @torch.no_grad()
@@ -89,12 +81,12 @@ def act(agent, obs, stochastic=False):
 
 
 def load(run_dir, env_id=None):
-    """A run, on its task or another: dir, script (a module), args, weights, their file and step; BadInput if damaged"""
+    """A run, on its task or another: dir, script (a module), args, agent, its file and step; BadInput if damaged"""
     try:
         name = json.loads(Path(run_dir, "args.json").read_bytes())["script"]
     except Exception as error:  # damaged files raise many kinds
         raise BadInput(f"{run_dir} is no run: {one_line(error)}") from None
-    if not isinstance(name, str) or name not in SCRIPTS:
+    if name not in list(SCRIPTS):  # a name that is no text has no hash
         raise BadInput(f"{run_dir} is a run of {name!r:.50}, not of {', '.join(SCRIPTS)}")
     script, file = SCRIPTS[name], "agent.pt" if Path(run_dir, "agent.pt").exists() else "checkpoint.pt"
     args, checkpoint = script.load_run(run_dir, file)
@@ -104,8 +96,13 @@ def load(run_dir, env_id=None):
         task = shlex.quote(args.env_id)
         raise BadInput(f"the task of {run_dir} is code of your own: if it is yours, add --env-id {task}")
     args.env_id = env_id or args.env_id
-    step = checkpoint.get("step", args.total_timesteps)  # agent.pt has none
-    return SimpleNamespace(dir=run_dir, script=script, args=args, weights=checkpoint["agent"], file=file, step=step)
+    step = checkpoint.get("step", args.total_timesteps)  # older agents have none
+    weights = checkpoint["agent"]
+    run = SimpleNamespace(dir=run_dir, script=script, args=args, weights=weights, file=file, step=step)
+    envs, *spaces = script.make_envs(args, 1, 0)
+    run.agent = make_agent(run, envs, *spaces)
+    envs.close()
+    return run
 
 
 def make_agent(run, envs, obs_space, action_space):
@@ -122,18 +119,15 @@ def make_agent(run, envs, obs_space, action_space):
 
 
 def check(run_dir, options):
-    """The run, with its agent, on its task or another one; BadInput if it cannot be played, or filmed, there."""
+    """The run, on its task or another one; BadInput if it cannot be played, or filmed, there."""
     run = load(run_dir, options.env_id)
-    envs, *spaces = run.script.make_envs(run.args, 1, 0)
-    run.agent = make_agent(run, envs, *spaces)
-    envs.close()
     if options.export and run.script not in ROBOTS:
         raise BadInput(f"--export is for legged robots, and {run_dir} is none: load_agent() serves it from Python")
     if options.command and not options.video:
         raise BadInput("--command is for films: add --video")
     run.steer = functools.partial(steer, find_command(run), options.command) if options.command else lambda obs: obs
     if options.video:
-        camera, _ = open_camera(run, 0)
+        camera, *_ = open_camera(run, 0)
         if run.script in CONTROL:  # Gymnasium's version of the task
             make_agent(run, camera, camera.observation_space, camera.action_space)
         camera.close()  # two at a time leave one of them black
@@ -162,7 +156,7 @@ def steer(first, command, obs):
 
 
 def open_camera(run, seed):
-    """A simulator that has rendered a frame, and its steps per second; else BadInput, which says what to install."""
+    """A simulator that can render, its steps per second and observation; else BadInput, which says what to install."""
     env_id = run.args.env_id
     try:
         import imageio_ffmpeg  # noqa: F401, which writes the film
@@ -175,7 +169,7 @@ def open_camera(run, seed):
         else:
             env, *_ = run.script.make_envs(run.args, 1, [seed, 2**64], render=True)
             fps = getattr(env, "fps", 15)  # Atari: four of 60 frames per step
-        env.reset(**({"seed": seed} if run.script in CONTROL else {}))
+        obs, _ = env.reset(**({"seed": seed} if run.script in CONTROL else {}))
         if np.ndim(picture(env)) != 3:
             raise ValueError("it renders no picture")
     except gym.error.UnregisteredEnv:
@@ -184,7 +178,7 @@ def open_camera(run, seed):
         sys.unraisablehook = lambda _: None  # silences half-made viewers
         need = 'MuJoCo needs EGL (apt-get install libegl1 libgl1), others pip install "gymnasium[box2d]"'
         raise BadInput(f"cannot film {env_id}: {one_line(error)}. {need}") from None
-    return env, fps
+    return env, fps, obs
 
 
 def picture(env):
@@ -233,12 +227,11 @@ def evaluate(run, policy, envs, max_steps, terms):
 
 def film(run, policy, seed, max_steps):
     """Films an episode into a new file, with about 30 frames per simulated second."""
-    (env, fps), folder, show = open_camera(run, seed), Path(run.dir, "videos"), LiveLine()
+    (env, fps, obs), folder, show = open_camera(run, seed), Path(run.dir, "videos"), LiveLine()
     folder.mkdir(exist_ok=True)
     path = folder / re.sub(r"[^\w.-]", "-", f"{run.args.env_id}__{time.time():.6f}.mp4")
     unfinished = path.with_suffix(".unfinished.mp4")  # what Ctrl-C leaves cannot be played
     total, step, over, every = 0.0, 0, False, max(1, round(fps / 30))
-    obs, _ = env.reset(**({"seed": seed} if run.script in CONTROL else {}))
     with imageio.get_writer(unfinished, fps=fps / every, macro_block_size=2) as video:
         while not over and step < max_steps:
             if step % every == 0:

@@ -21,7 +21,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 import argparse
 import asyncio
 import copy
-import dataclasses
 import functools
 import importlib
 import inspect
@@ -234,7 +233,9 @@ def token_weights(mask, aggregation, responses, tokens, max_length):
 
 def minibatch_loss(model, batch, args):
     """One micro-batch's share of a minibatch's objective [] and statistics [], and its ratios [B, T]."""
-    log_probs, entropy = token_log_probs(model, batch, args.sampling_temperature, entropy_gradient=args.ent_coef > 0)
+    log_probs, of_all = token_log_probs(model, batch, args.sampling_temperature)
+    of_all = of_all if args.ent_coef else of_all.detach()
+    entropy = -(of_all.exp() * of_all.clamp(min=-1e4)).sum(-1)  # of an excluded token: 0, not 0 times -inf
     log_ratio = (log_probs - batch["old_log_probs"]).clamp(-20, 20)
     ratio, (low, high) = log_ratio.exp(), ratio_bounds(args)
     loss = policy_loss(ratio, batch["targets"][:, None], batch["advantages"][:, None], args.tv_coef)
@@ -255,11 +256,8 @@ def minibatch_loss(model, batch, args):
 # --- the model
 
 
-def token_log_probs(model, batch, temperature, entropy=True, entropy_gradient=False):
-    """Log-probability (of padding: 0) and entropy of each completion token, in float32 and nats: [B, T] each.
-
-    entropy=False saves memory of the size of all logits.
-    """
+def token_log_probs(model, batch, temperature):
+    """Log-probability of each completion token (of padding: 0) [B, T], and of all in its place [B, T, vocabulary]."""
     length = batch["mask"].shape[1]
     # Causal attention sees no padding on the right, and is faster without a mask.
     names = ["attention_mask", "position_ids"] if batch["left_padded"] else []
@@ -267,11 +265,7 @@ def token_log_probs(model, batch, temperature, entropy=True, entropy_gradient=Fa
     logits = model(batch["ids"][:, :-1], **inputs, use_cache=False, logits_to_keep=length).logits
     log_probs = (logits.float() / temperature).log_softmax(-1)
     chosen = log_probs.gather(-1, batch["ids"][:, -length:, None]).squeeze(-1)
-    chosen = chosen.where(batch["mask"] > 0, 0.0)  # of padding it may be -inf
-    if not entropy:
-        return chosen, None
-    log_probs = log_probs if entropy_gradient else log_probs.detach()
-    return chosen, -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)  # else 0 times -inf
+    return chosen.where(batch["mask"] > 0, 0.0), log_probs  # of padding it may be -inf
 
 
 def collate(prompts, completions, device):
@@ -303,7 +297,7 @@ def make_model(args, device):
 def load_model(args):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-        settings = dict(dtype=getattr(torch, args.dtype), trust_remote_code=False, output_loading_info=True)
+        settings = dict(dtype=args.dtype, trust_remote_code=False, output_loading_info=True)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(args.model, **settings)
     except Exception as error:  # no folder, no network, no weights, an unknown architecture: many kinds
         raise BadInput(f"cannot load --model {args.model}: {one_line(error)[:200]}") from None
@@ -341,7 +335,7 @@ def warm_up(model, tokenizer, problems, args):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 20)
         rows = torch.randint(len(problems), (128,), generator=generator).tolist()
         batch = collate([problems[i]["ids"] for i in rows], [answers[i] for i in rows], model.device)
-        log_probs, _ = token_log_probs(model, batch, 1.0, entropy=False)
+        log_probs, _ = token_log_probs(model, batch, 1.0)
         accuracy = 0.9 * accuracy + 0.1 * log_probs.detach().sum(1).exp().mean().item()  # chance of a right sample
         (-log_probs.sum() / batch["mask"].sum()).backward()
         optimizer.step()
@@ -459,11 +453,12 @@ def check_sizes(model, tokenizer, problems, args):
         say(f"warning: {message} from its training")
 
 
-def sample(model, engine, tokenizer, args, problems, uniforms, temperature, top_p):
-    """A group of G completions for each of P problems: dicts of lists and tensors [G]."""
-    stop_ids = stop_tokens(model, tokenizer, args)
-    prompts, (_, copies, limit) = [problem["ids"] for problem in problems], uniforms.shape
-    options = (sorted(stop_ids), temperature, top_p)
+def sample(model, engine, tokenizer, args, problems, copies, generator, temperature, top_p):
+    """A group of G completions for every WORLD_SIZE-th problem, this process's: dicts of lists and tensors [G]."""
+    limit, stop_ids = args.max_completion_length, stop_tokens(model, tokenizer, args)
+    uniforms = torch.rand(len(problems), copies, limit, generator=generator)[RANK::WORLD_SIZE]
+    problems = problems[RANK::WORLD_SIZE]
+    prompts, options = [problem["ids"] for problem in problems], (sorted(stop_ids), temperature, top_p)
     with whole_weights(model):
         if engine:
             completions, log_probs = generate_vllm(engine, model, prompts, copies, limit, *options)
@@ -504,7 +499,7 @@ def read_rows(source):
         if not rows:
             raise ValueError("no usable row")
         return list(rows)
-    except (OSError, ValueError, LookupError, ImportError, RecursionError) as error:  # the package's own errors, too
+    except Exception as error:  # the package's own errors, too
         raise BadInput(f"cannot read {source}: {one_line(error)[:200]}") from None
 
 
@@ -522,8 +517,8 @@ def column(row, named, usual):
 def true_answer(value, reward):
     """The key of an answer that a dataset gives: after ####, in its last box, or all of it. None if it has none."""
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
-    text = str("" if value is None else value)
-    text = text.rpartition("####")[2] if "####" in text else last_box(text) or text
+    text = str("" if value is None else value).rpartition("####")[2]
+    text = last_box(text) or text
     return parse_number(text) if reward == "exact" else answer_key(text)
 
 
@@ -568,7 +563,7 @@ def encode(prompt, args, tokenizer):
         ids = tokenizer(prompt)["input_ids"]
     except Exception as error:  # of the template's language, or of half a character
         raise ValueError(f"a prompt that tokenizer or template refuses: {one_line(error)}") from None
-    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids  # the text had one, too
+    return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids  # the text had one, too
 
 
 def addition_rows():
@@ -589,8 +584,6 @@ def make_problems(args, tokenizer):
     held_out = [x for x in held_out if x["answer"] is not None or args.reward_fn]
     if not held_out:
         raise BadInput(f"{args.eval_dataset or args.dataset} has no answers to evaluate with: pass --eval-dataset")
-    if args.fsdp and min(len(held_out), args.eval_problems) < WORLD_SIZE:
-        raise BadInput(f"--fsdp needs a held-out problem for each of the {WORLD_SIZE} processes")
     return problems, held_out
 
 
@@ -615,7 +608,7 @@ PLAIN = [
     (r"^ *\([A-E]\) *(?=[-+]? ?[\d.,/ ]+$)", ""),  # the letter of a choice
 ]
 NUMBER = re.compile(
-    r"([+-]?) ?(?:([0-9]{1,40}) (?=[0-9]+/))?"  # the sign; the whole part of a mixed number
+    r"([+-]?) ?(?:([0-9]{1,40}) (?=[1-9][0-9]*/))?"  # the sign; the whole part of a mixed number
     r"([0-9]{1,40}|[0-9]{1,3}(?:(?:,[0-9]{3}){1,12}|(?: [0-9]{3}){1,12})|(?=\.[0-9]))"  # 1000, 1,000 or 1 000
     r"(\.[0-9]{0,40})?(?: ?/ ?([0-9]{1,40}))?"  # the decimals; the divisor
 )
@@ -756,10 +749,11 @@ def function_rewards(groups, args):
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise BrokenRun(f"--reward-fn {name}: {one_line(error)} ({last.filename}, line {last.lineno})") from error
         try:
+            rewards = list(rewards)
             own = torch.tensor([0.0 if x is None else x for x in rewards], dtype=torch.float64)
-        except (TypeError, ValueError):  # no list, or not of numbers
+        except Exception:  # no list, or not of numbers
             own = torch.empty(0)
-        if len(own) != count or not own.isfinite().all():
+        if own.shape != (count,) or not own.isfinite().all():
             raise BrokenRun(f"{name} must return {count} finite numbers or None, one per completion")
         totals += weight * own
         applied |= torch.tensor([x is not None for x in rewards])
@@ -828,10 +822,9 @@ def rollout(sampler, problems, drawn, args):
 
 def draw_groups(sampler, problems, drawn, args):
     """One draw of rollout, of which each process has every WORLD_SIZE-th group: an equal part of each minibatch."""
+    problems = [problems[i] for i in draw(len(problems), drawn, args.num_prompts, args.seed).tolist()]
     generator = make_generator("completions", args.seed, drawn)
-    uniforms = torch.rand(args.num_prompts, num_samples(args), args.max_completion_length, generator=generator)
-    mine = [problems[i] for i in draw(len(problems), drawn, args.num_prompts, args.seed)[RANK::WORLD_SIZE].tolist()]
-    groups = sampler(mine, uniforms[RANK::WORLD_SIZE], args.sampling_temperature, 1.0)
+    groups = sampler(problems, num_samples(args), generator, args.sampling_temperature, 1.0)
     if args.reward == "majority":
         rewards, stats = majority_rewards(groups, args)
     else:
@@ -897,7 +890,7 @@ def make_minibatch(model, reference, groups, args):
         batch["tokens"] = tokens
         for name, policy in (("old_log_probs", model), ("ref_log_probs", reference)):
             if policy is not None:
-                batch[name], _ = token_log_probs(policy, batch, args.sampling_temperature, entropy=False)
+                batch[name] = token_log_probs(policy, batch, args.sampling_temperature)[0]
         if args.generator == "vllm":  # its probabilities differ a little: importance weights, at most 2
             theirs = nn.utils.rnn.pad_sequence([torch.tensor(sampled[i]) for i in rows], batch_first=True)
             batch["weights"] *= (batch["old_log_probs"] - theirs.to(model.device)).exp().clamp(max=2)
@@ -957,23 +950,22 @@ def update(model, learner, minibatches, completions, generator, args):
     """Epochs of gradient steps: the statistics' means, and the last epoch's ratios [tokens], each before its step."""
     totals = Counter()
     for _ in range(args.update_epochs):
-        ratios, masks = [], []
+        kept = []
         for i in torch.randperm(len(minibatches), generator=generator).tolist():
             for batch in minibatches[i]:
                 loss, stats, ratio = minibatch_loss(model, batch, args)
                 loss.backward()
-                ratios.append(ratio.detach().flatten())
-                masks.append(batch["mask"].flatten())
+                kept.append((ratio.detach(), batch["mask"]))
                 totals.update({name: x.detach() for name, x in stats.items()})  # adds
             totals["grad_norm"] += learner.step(completions) / WORLD_SIZE  # of which the sum is taken below
     sums = torch.stack(list(totals.values()))
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     means = sums / (args.update_epochs * len(minibatches))
-    ratios = torch.cat(gather(torch.cat(ratios)[torch.cat(masks) > 0].cpu()))  # a mask waits for the GPU: once
+    ratios = torch.cat([ratio[mask > 0].cpu() for ratio, mask in kept])  # only now, as it waits for the GPU
     metrics = dict(zip(totals, means.tolist()))
     metrics["learning_rate"] = learner.optimizer.param_groups[0]["lr"]
-    return metrics, ratios
+    return metrics, torch.cat(gather(ratios))
 
 
 def measure(stats, ratios, args):
@@ -998,11 +990,10 @@ def measure(stats, ratios, args):
 
 def evaluate(sampler, problems, args):
     """Figures of held-out problems, with the same noise every time (not by vLLM); a --reward-fn votes by whole text."""
-    problems, generator = problems[: args.eval_problems], make_generator("evaluation")
-    uniforms = torch.rand(len(problems), args.eval_samples, args.max_completion_length, generator=generator)
-    mine, sums = problems[RANK::WORLD_SIZE], torch.zeros(4).double()
-    groups = sampler(mine, uniforms[RANK::WORLD_SIZE], args.eval_temperature, args.eval_top_p) if mine else []
-    for group, scores in zip(groups, true_rewards(groups, args) if mine else []):
+    problems, sums = problems[: args.eval_problems], torch.zeros(4).double()
+    generator = make_generator("evaluation")
+    groups = sampler(problems, args.eval_samples, generator, args.eval_temperature, args.eval_top_p)
+    for group, scores in zip(groups, true_rewards(groups, args) if groups else []):
         keys = [x.strip() if args.reward_fn else extract_answer(x, args.reward) for x in group["texts"]]
         vote = majority_vote(keys)
         best = torch.tensor(0.0) if vote is None else scores[keys.index(vote)]
@@ -1118,11 +1109,11 @@ def whole_weights(model):
     """FSDP: keeps each layer's gathered weights between forward passes, for sampling."""
     sharded = [x for x in model.modules() if hasattr(x, "set_reshard_after_forward")]
     for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
+        module.set_reshard_after_forward(False)
         module.unshard()
     yield
     for module in sharded:
-        module.set_reshard_after_forward(True, recurse=False)
+        module.set_reshard_after_forward(True)
         module.reshard()
 
 
@@ -1145,13 +1136,12 @@ def like(x, other):
 
 def save_model(model, tokenizer, folder):
     """Writes weights, configuration and tokenizer, all or nothing; all processes take part."""
-    state = {name: on_first(x) for name, x in model.state_dict().items()}
+    state = tree_map(on_first, model.state_dict())
     if RANK == 0:
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
 
 
@@ -1266,10 +1256,10 @@ class Run(ExitStack):
         if RANK > 0:
             return
         for reward, length in zip(stats["reward"].flatten().tolist(), stats["length"].flatten().tolist()):
-            self.write("episodes.csv", step, {"return": reward, "length": length})
+            self.write("episodes.csv", {"return": reward, "length": length})
         sps = (step - self.first_step) / (time.time() - self.start_time)
         metrics["charts/SPS"] = sps
-        self.write("metrics.csv", step, metrics)
+        self.write("metrics.csv", metrics)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         for i, group in enumerate(groups[:4]):
@@ -1289,23 +1279,22 @@ class Run(ExitStack):
         text = ", ".join(f"{name} {x:.4g}" for name, x in result.items())
         say(f"step {self.step}, {where}: {text.replace('pass@1', 'reward') if self.args.reward_fn else text}")
         if RANK == 0:
-            self.write("evaluations.csv", self.step, result)
+            self.write("evaluations.csv", result)
             for name, value in result.items():
                 self.writer.add_scalar(f"eval/{name}", value, self.step)
 
-    def write(self, log, step, row):
+    def write(self, log, row):
         """Adds a row to a CSV file, after a header if it is the first."""
         file = self.logs[log]
         if file.tell() == 0:
             print("step", *row, sep=",", file=file)
-        print(step, *(f"{x:.8g}" for x in row.values()), sep=",", file=file)
+        print(self.step, *(f"{x:.8g}" for x in row.values()), sep=",", file=file)
 
     def save(self, seconds=0):
         """Writes the checkpoint if the last is so old. BrokenRun, and that one stays, if a weight is not finite."""
         if not any(gather(time.time() - self.save_time >= seconds)):
             return
-        finite = all((x.to_local() if isinstance(x, DTensor) else x).isfinite().all() for x in self.learner.masters)
-        if not all(gather(finite)):
+        if not full(nn.utils.get_total_norm(self.learner.masters)).isfinite():
             raise BrokenRun(f"a weight is not finite at step {self.step}")
         state = {"learner": self.learner.state_dict(), "step": self.step, "log_sizes": {}}
         if RANK == 0:
@@ -1375,9 +1364,9 @@ def load_run(run_dir, name):
         about = json.loads(Path(run_dir, "args.json").read_bytes())
         if (about["script"], about.get("format")) != (SCRIPT, FORMAT):
             raise ValueError(f"it was made by another script or version, {about['script']}.py")
-        if missing := vars(Args()).keys() - about["args"].keys():
-            raise ValueError(f"args.json lacks {', '.join(sorted(missing))}")
         args = TypeAdapter(Args).validate_json(json.dumps(about["args"]), strict=True)  # strict takes JSON only
+        if missing := vars(args).keys() - about["args"].keys():
+            raise ValueError(f"args.json lacks {', '.join(sorted(missing))}")
         if zipfile.ZipFile(Path(run_dir, name)).testzip():  # compares checksums
             raise ValueError(f"{name} is damaged")
         checkpoint = torch.load(Path(run_dir, name), weights_only=True, map_location="cpu", mmap=True)
@@ -1397,7 +1386,8 @@ def read_args(words):
     typed = parser.parse_known_args(words)[0]
     if typed.resume is None:
         return tyro.cli(Args, args=words)
-    saved = dataclasses.replace(load_run(typed.resume, "checkpoint.pt")[0], resume=typed.resume)
+    saved, _ = load_run(typed.resume, "checkpoint.pt")
+    saved.resume = typed.resume
     if saved.reward_fn and tuple(typed.reward_fn) != saved.reward_fn:  # code that a file names is not run
         raise BadInput(f"the run calls code: if it is yours, add --reward-fn {shlex.join(saved.reward_fn)}")
     args = tyro.cli(Args, args=words, default=saved)
@@ -1416,8 +1406,8 @@ if __name__ == "__main__":
         sys.exit(2)
     except BrokenRun as error:
         sys.exit(f"error: {error}. Checkpoints made before are kept; resumed with the same settings it ends here again")
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
+    except Exception as error:
+        if not isinstance(error, OSError) and not out_of_memory(error):
             raise
         sys.exit(f"error: {error}")
     finally:

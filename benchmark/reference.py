@@ -121,11 +121,11 @@ class Run(BaseCallback):
 
     def _on_rollout_start(self):
         """After an update: the moment to save."""
+        self.stopped = self.stopping
         if self.num_timesteps >= self.row_step + 2000:
             self.log()
-        if self.stopping or time.time() >= self.save_time + self.args.checkpoint_seconds:
+        if self.stopped or time.time() >= self.save_time + self.args.checkpoint_seconds:
             self.save("checkpoint.pt", replay_buffer=getattr(self.model, "replay_buffer", None))
-        self.stopped = self.stopping
 
     def _on_step(self):
         if self.stopped:

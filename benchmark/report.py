@@ -225,9 +225,10 @@ def collect(args):
             grid = make_grid(earlier["step"][earlier["task"] == task], interval, tables["metrics"]["step"].iloc[-1])
             points, figures = make_curves(tables, grid), summarise(about, tables)
             run = {"task": task, "group": label(folder, about, [x for _, x, _ in new]), "seed": about["args"]["seed"]}
-            check_settings(folder, about["args"], run["group"], settings.setdefault(task, {}))
+            script = {"script": about["script"]}
+            check_settings(folder, about["args"] | script, run["group"], settings.setdefault(task, {}))
             curves.append(points.assign(**run)[[*KEYS, "step", *points.columns.drop("step")]])
-            made_by = {"script": about["script"], "commit": commit[:12] + "-dirty" * commit.endswith("-dirty")}
+            made_by = script | {"commit": commit[:12] + "-dirty" * commit.endswith("-dirty")}
             summaries.append(pd.DataFrame([run | made_by | figures]))
     if not curves:
         stop("no finished run in these folders")
@@ -335,7 +336,7 @@ def llm_cells(curves, runs, rng):
 
 
 def group_rows(task, table, runs, baseline, tables, rng, without_noise):
-    """Adds a task's groups to the tables, rows by name; returns the ends."""
+    """Adds a task's groups to the tables, rows by name; returns the ends, of groups as long as the baseline."""
     name, llm = next(name for name in PANELS if name in table), "ratio_max" in table
     ends, curves = ends_of(table, name), table.pivot(index=["group", "seed"], columns="step", values=name)
     digits = 3 if llm else int(ends.abs().max() < 100)
@@ -355,7 +356,7 @@ def group_rows(task, table, runs, baseline, tables, rng, without_noise):
         if "hours" in table:
             cells["hours of one core"] = f"{ends_of(table, 'hours')[group].mean():.2f}"
         tables["groups"].append(row | cells | {"each": ", ".join(map(show, last))})
-        comparable = group != baseline and not llm and steps.get(baseline) == step
+        comparable = group != baseline and not llm and steps.get(baseline) == step and baseline in ends.index
         base = ends[baseline].to_numpy() if comparable else last[:0]
         if min(count, len(base)) > 1:
             less = {f"mean less that of {baseline} (95%)": estimate(digits, *mean_interval(rng, last, base))}
@@ -366,7 +367,7 @@ def group_rows(task, table, runs, baseline, tables, rng, without_noise):
             tables["published"].append(row | {"paper's Table 1, converged": paper.get((key, "end"), "-")})
     if "hours" in table:
         tables["elsewhere"] += elsewhere[elsewhere["task"].str.startswith(game.split("-")[0])].to_dict("records")
-    return ends
+    return ends[ends.index.get_level_values(0).map(steps) == steps.get(baseline, steps.max())]
 
 
 def seed_rows(ends):
@@ -552,14 +553,14 @@ def main(args):
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
     np.random.seed(0)  # rliable draws from it, whatever random_state it has
     curves, summary, settings = collect(args)
-    if args.without_noise and "without_noise" not in summary:
+    if args.without_noise and "without_noise" not in summary.dropna(axis=1, how="all"):
         stop("no agent was evaluated: python enjoy.py RUN_DIRS")
     methods = {x: method(x, script) for x, script in summary.groupby("group")["script"].first().items()}
-    usual = ["default"] * ("default" in methods) + [x for x in methods if methods[x] == "ppo"]
+    references = {*summary["group"][summary["script"] == "reference"]}
+    usual = ["default"] * ("default" in methods) + [x for x in methods if methods[x] == "ppo" and x not in references]
     baseline = args.baseline or next(iter(usual), "none")
     if args.baseline and baseline not in methods:
         stop(f"no group {baseline}: there are {', '.join(methods)}")
-    references = {*summary["group"][summary["script"] == "reference"]}
     runs = dict([*summary.groupby("task")])
     tasks = {
         x: complete_table(table.dropna(axis=1, how="all"), runs[x], references) for x, table in curves.groupby("task")

@@ -156,7 +156,7 @@ class Run:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
         options = dict(stdin=subprocess.DEVNULL, env=os.environ | threads, pass_fds=[self.lock])
         options |= dict(preexec_fn=lambda: prepare_process(self.cores))
-        options |= dict(start_new_session=True)  # Ctrl-C reaches the runner only
+        options["start_new_session"] = True  # Ctrl-C reaches the runner only
         with (self.folder / "log.txt").open("a") as log:
             print("$", shlex.join(self.command()), file=log, flush=True)
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, **options)
@@ -286,6 +286,8 @@ def read_suite(args):
     named = {*args.tasks}.union(*([*part.tasks, *part.task_flags] for part in (suite, *suite.variants)))
     for task in named - {*suite.tasks}:
         raise BadInput(f"the suite has no task {task}: it has {', '.join(suite.tasks)}")
+    for seed in {x for part in suite.variants for x in part.seeds} - {*suite.seeds}:
+        raise BadInput(f"the suite has no seed {seed}, which a variant names")
     suite.tasks = [task for task in suite.tasks if not args.tasks or task in args.tasks]
     suite.seeds = [seed for seed in suite.seeds if args.seeds is None or seed <= args.seeds]
     if not suite.seeds:

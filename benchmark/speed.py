@@ -27,10 +27,10 @@ import pandas as pd
 import tyro
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
+from report import markdown, stop
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {x: SimpleNamespace(**y) for x, y in tomllib.loads(Path(__file__).with_suffix(".toml").read_text()).items()}
-HEADINGS = {"hidden_size": "network", "minibatch_size": "minibatch"}  # of the settings in speed.md
 
 
 @dataclass
@@ -45,11 +45,6 @@ class Args:
     device: Literal["cpu", "cuda"] | None = None  # mjlab: where all of it runs
     cores: tuple[int, ...] = (0,)  # processor cores that all are pinned to, one thread each
     output: Path = Path("runs/speed")  # folder for speed.json and speed.md
-
-
-def bad_input(line):
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
 
 
 def steady_rate(points, warm_up):
@@ -78,15 +73,13 @@ def summarise(found, rate):
 
 def table(rows, pair):
     """The Markdown of speed.md from the rows of speed.json."""
-    shown = [name for name in HEADINGS if name in pair.columns]
-    heads = [*(HEADINGS[name] for name in shown), "program", f"{pair.unit}/s", f"{pair.ratio} (min to max)"]
-    lines = [[*heads, "start-up and end, s"]]
+    lines = []
     for row in rows:
-        sizes = [f"{row[name]}-{row[name]}" if name == "hidden_size" else str(row[name]) for name in shown]
-        ratio = "{ratio:.2f} ({ratio_min:.2f} to {ratio_max:.2f})".format(**row)
-        lines.append([*sizes, f"`{row['program']}`", f"{row[pair.rate]:.0f}", ratio, f"{row['other_seconds']:.0f}"])
-    head, *lines = (f"| {' | '.join(cells)} |\n" for cells in lines)
-    return head + "|-" * (len(heads) + 1) + "|\n" + "".join(lines)
+        cells = {x: row[x] for x in pair.columns}
+        cells |= {"program": f"`{row['program']}`", f"{pair.unit}/s": f"{row[pair.rate]:.0f}"}
+        cells[f"{pair.ratio} (min to max)"] = "{ratio:.2f} ({ratio_min:.2f} to {ratio_max:.2f})".format(**row)
+        lines.append(cells | {"start-up and end, s": f"{row['other_seconds']:.0f}"})
+    return markdown(lines) + "\n"
 
 
 def read_metrics(folder, pair):
@@ -145,7 +138,7 @@ def make_cases(args, pair, folder):
         from mjlab.tasks.registry import list_tasks, load_rl_cfg
 
         if case["env_id"] not in list_tasks():
-            bad_input(f"mjlab has no task {case['env_id']}: it has {', '.join(list_tasks())}")
+            stop(f"mjlab has no task {case['env_id']}: it has {', '.join(list_tasks())}")
         case["norm_obs"] = "norm-obs" if load_rl_cfg(case["env_id"]).actor.obs_normalization else "no-norm-obs"
         case["layers"] = " ".join(map(str, case["hidden_sizes"]))
     return [case]
@@ -154,11 +147,11 @@ def make_cases(args, pair, folder):
 def check(args, pair):
     for name in ("env_id", "num_envs", "hidden_sizes", "device"):
         if getattr(args, name) is not None and name not in pair.defaults:
-            bad_input(f"--{name.replace('_', '-')} does not belong to --pair {args.pair}")
+            stop(f"--{name.replace('_', '-')} does not belong to --pair {args.pair}")
     if not all(map(find_spec, pair.needs)):
-        bad_input(f"{' or '.join(pair.needs)} is not installed: see the top of {__file__}")
+        stop(f"{' or '.join(pair.needs)} is not installed: see the top of {__file__}")
     if not args.cores or not {*args.cores} <= (cores := os.sched_getaffinity(0)):
-        bad_input(f"--cores must be among {cores}")
+        stop(f"--cores must be among {cores}")
 
 
 def main(args):

@@ -1,6 +1,7 @@
 """What tests of several scripts share: the scripts, a small agent and samples of each, runs, and what they wrote."""
 
 import copy
+import dataclasses
 import math
 import os
 import re
@@ -114,8 +115,17 @@ def advantages_of(script, batch, args):
     return script.measure_advantages(batch["returns"], *critics, args) if script in ROBOTS else {}
 
 
-def gradient_of(script, agent, batch, args):
-    return script.minibatch_gradient(*[script.minibatch_loss] * (script in ATARI), agent, batch, args)
+def set_gradients(optimizer, gradients):
+    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+        parameter.grad = gradient.clone()
+
+
+def gradients_of(script, agent, batch, args):
+    """A list like the parameters that the optimizer has, of Atari's scripts one vector."""
+    if script not in ATARI:
+        return script.minibatch_gradient(agent, batch, args)
+    gradient, stats = script.minibatch_gradient(script.minibatch_loss, agent, batch, args)
+    return [gradient], stats
 
 
 # --- runs
@@ -213,5 +223,5 @@ def options_without_help(script, shown):
     """Comments on the options of Args that --help, as it is shown, does not repeat; every option has one."""
     source = Path(script.__file__).read_text().split("class Args:")[1].split("    @model_validator")[0]
     texts, shown = re.findall("# (.+)", source), re.sub(r"[│\s]+", " ", shown)
-    assert len(texts) == len(script.dataclasses.fields(script.Args))
+    assert len(texts) == len(dataclasses.fields(script.Args))
     return [text for text in texts if f" {text} (default: " not in shown]

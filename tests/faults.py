@@ -50,7 +50,7 @@ HEAVY += "transformers.models.qwen2.modeling_qwen2 transformers.models.auto.mode
 HEAVY += "tensorboard.backend.event_processing.event_accumulator transformers tyro wandb datasets"
 
 QUIET = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
-CLIP = "(x * (args.max_grad_norm / (x.norm() + 1e-6)).clamp(max=1.0)).flatten() for x in gradients"
+CLIP = "x * (args.max_grad_norm / (x.norm() + 1e-6)).clamp(max=1.0) for x in gradients"
 LOCK = 'self.enter_context(FileLock(self.dir / "lock", timeout=0))'
 RATE = "args.learning_rate * (1 - state.step / args.total_timesteps)"
 LATE_RATE = "args.learning_rate * (1 - (state.step + args.num_envs * args.num_steps) / args.total_timesteps)"
@@ -131,8 +131,8 @@ FAULTS = {
     ],
     "15 entropy with the wrong sign": [(CONTROL + LLM, "- args.ent_coef * entropy", "+ args.ent_coef * entropy")],
     "16 gradient clipped per network": [
-        (CONTINUOUS + ROBOTS, "(x * clip).flatten() for x in gradients", CLIP),
-        (ATARI, "x.flatten() for x in gradients", CLIP),
+        (CONTINUOUS + ROBOTS, "[x * clip for x in gradients]", f"[{CLIP}]"),
+        (ATARI, "x.flatten() for x in gradients", f"x.flatten() for x in [{CLIP}]"),
         (LLM, "clip_grad_norm_(self.masters,", "clip_grad_norm_(self.masters[:1],"),
     ],
     "17 normaliser updated while acting": [

@@ -272,9 +272,22 @@ def test_agents_are_compared_by_what_enjoy_recorded_of_them_without_noise(tmp_pa
     (long / "evaluations.csv").write_text(f"{header}agent.pt,Task-v0,False,90,0,200\n")
     done = run_report(long, *tmp_path.glob("ppo__*"), "--without-noise", "--output", tmp_path / "longer")
     assert "| bpo | 1 | 200 | 90.0 |" in done.stdout and " less " not in done.stdout  # agents of other lengths
+    for run in tmp_path.glob("ppo__*/run"):  # the baseline, which now was not played
+        (run / "evaluations.csv").write_text(header + no_row)
+    done = run_report(*tmp_path.glob("*__[012]"), "--without-noise", "--output", tmp_path / "ours")
+    assert done.returncode == 0 and "| bpo | 2 | " in done.stdout and "| ppo |" not in done.stdout
+    done = run_report(*tmp_path.glob("ppo__*"), "--without-noise", "--output", tmp_path / "none")
+    assert done.returncode == 2 and "no agent was evaluated" in done.stderr and not (tmp_path / "none").exists()
 
 
 # --- settings
+
+
+def test_runs_of_one_variant_with_another_script_are_not_pooled(tmp_path):
+    make_run(tmp_path / "one" / "default__Task-v0__1" / "run")
+    make_run(tmp_path / "two" / "default__Task-v0__2" / "run", "ppo_continuous_action", seed=2)
+    done = run_report(tmp_path, "--output", tmp_path / "out")
+    assert done.returncode == 2 and "other settings than other runs: script; make" in done.stderr
 
 
 def test_runs_of_one_variant_with_other_settings_are_not_pooled(tmp_path):
@@ -557,16 +570,21 @@ def test_models_with_other_settings_are_not_pooled(tmp_path):
 
 
 def test_aggregate_normalises_by_published_scores(tmp_path):
-    """Scores of a: 1, 2, 3, 4 on Hopper and 0, 1, 2, 9 on Ant, whose middle half is 1, 2, 2, 3; of b: 2 throughout."""
+    """Scores of a: 1, 2, 3, 4 on Hopper and 0, 1, 2, 9 on Ant, whose middle half is 1, 2, 2, 3; of b: 2 throughout.
+
+    A reference is not the baseline, and takes no part if it is shorter.
+    """
     for task, scale, scores in (("Hopper-v4", 2609, [1, 2, 3, 4]), ("Ant-v4", 3258, [0, 1, 2, 9])):
         for seed, score in enumerate(scores, 1):
             for group, script, value in (("a", "bpo_x", score), ("b", "ppo_x", 2)):
                 folder = tmp_path / f"{group}__{task}__{seed}" / "run"
                 make_run(folder, script, f"5,{value * scale},5\n", env_id=task, seed=seed)
+        make_run(tmp_path / f"a-ppo__{task}__1" / "run", "reference", env_id=task, algo="ppo", total_timesteps=51)
     make_run(tmp_path / "a__Other-v0__1" / "run")
     done = run_report(tmp_path, "--output", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     rows = {line.split(" | ")[0]: line for line in done.stdout.splitlines() if "Ant-v4, Hopper-v4" in line}
+    assert rows.keys() == {"| a", "| b"} and "less that of b" in done.stdout
     assert rows["| a"].startswith("| a | 4 | Ant-v4, Hopper-v4 | 2.750 | 2.000 (")
     assert " | 0.50 (" in rows["| a"]  # Hopper: 2.5 of 4, Ant: 1.5 of 4
     assert rows["| b"] == "| b | 4 | Ant-v4, Hopper-v4 | 2.000 | 2.000 (2.000 to 2.000) | - |"

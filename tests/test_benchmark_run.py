@@ -380,6 +380,7 @@ BAD_SUITES = {
     "a seed twice": (GOOD | {"seeds": [1, 1]}, "two runs have the name stub__a__1"),
     "a variant twice": (GOOD | {"variants": [{"name": "x"}, {"name": "x"}]}, "two runs have the name x__a__1"),
     "a name that is a path": (GOOD | {"variants": [{"name": "../x"}]}, "name String should match"),
+    "a variant's unknown seed": (GOOD | {"variants": [{}, {"name": "x", "seeds": [7]}]}, "the suite has no seed 7"),
     "unknown task": (BPO | {"tasks": ["Hoper-v4"]}, "did you mean Hopper-v4"),
     "unfit task": (BPO | {"tasks": ["CartPole-v1"]}, "no flat Box action"),
     "not TOML": (GOOD | {"raw": "flags = "}, "Invalid value"),

@@ -28,7 +28,8 @@ def test_metrics_and_table(tmp_path):
     (tmp_path / "run" / "metrics.csv").write_text("step,charts/SPS\n1000,500\n2000,500\n3000,500\n4000,500\n")
     pair = speed.PAIRS["atari"]
     assert speed.read_metrics(tmp_path, pair) == [(0, 0), (1000, 2), (2000, 4), (3000, 6), (4000, 8)]
-    row = dict(program="x", steps_per_second=500, ratio=2, ratio_min=1, ratio_max=3, other_seconds=4)
+    row = dict(env_id="Pong-v5", cores=1, program="x", steps_per_second=500, ratio=2, ratio_min=1, ratio_max=3)
+    row["other_seconds"] = 4
     head, _, line = speed.table([row], pair).splitlines()
-    assert head == "| program | steps/s | times SB3 (min to max) | start-up and end, s |"
-    assert line == "| `x` | 500 | 2.00 (1.00 to 3.00) | 4 |"
+    assert head == "| env_id | cores | program | steps/s | times SB3 (min to max) | start-up and end, s |"
+    assert line == "| Pong-v5 | 1 | `x` | 500 | 2.00 (1.00 to 3.00) | 4 |"

@@ -120,7 +120,7 @@ def test_the_majority_is_held_at_a_ratio_of_exactly_one(low, high, monkeypatch):
     monkeypatch.setattr(gbpo, "make_minibatch", lambda model, reference, groups, args: kept.extend(groups))
     gbpo.make_minibatches(None, None, [{"rewards": torch.tensor([1.0] * 19 + [0.0]).double()}], args)
     log_probs = torch.full((1, 3), -0.5, requires_grad=True)
-    monkeypatch.setattr(gbpo, "token_log_probs", lambda *_, **__: (log_probs, torch.zeros(1, 3)))
+    monkeypatch.setattr(gbpo, "token_log_probs", lambda *_: (log_probs, torch.zeros(1, 3, 1)))
     batch = {"mask": torch.ones(1, 3), "weights": torch.ones(1, 3), "tokens": 3.0, "old_log_probs": log_probs.detach()}
     batch |= {"advantages": torch.ones(1), "targets": kept[0]["targets"][:1].float()}
     loss, _, ratios = gbpo.minibatch_loss(None, batch, args)
@@ -142,10 +142,10 @@ def random_batch(seed, args, rows=6, length=5):
     advantages = torch.tensor([1.3, -0.7, 0.0, 0.2, -1.1, 2.0]).double()
     medians = torch.tensor([1e-4, -2e-4, 0.0, 0.5, -0.5, 5e-5]).double()
     batch = {"mask": mask, "old_log_probs": old, "ref_log_probs": reference, "tokens": mask.sum().item() + 4}
-    entropy = torch.rand(rows, length, generator=generator, dtype=torch.float64)
+    of_all = torch.randn(rows, length, 3, generator=generator, dtype=torch.float64).log_softmax(-1)
     args = args if isinstance(args, gbpo.Args) else gbpo.Args()
     batch["targets"] = gbpo.target_ratio(medians, *gbpo.ratio_bounds(args), args.target_temperature)
-    return log_probs.requires_grad_(), entropy, batch | {"advantages": advantages, "median_advantages": medians}
+    return log_probs.requires_grad_(), of_all, batch | {"advantages": advantages, "median_advantages": medians}
 
 
 def literal_objective(log_probs, entropy, batch, args, objective, responses):
@@ -199,10 +199,11 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
     own = {} if objective == "gbpo" else {"objective": objective}
     args = script.Args(**own, **overrides, max_completion_length=7)
     for seed in range(3):
-        log_probs, entropy, batch = random_batch(seed, args)
+        log_probs, of_all, batch = random_batch(seed, args)
+        entropy = torch.distributions.Categorical(logits=of_all).entropy()
         aggregation = args.aggregation if objective == "gbpo" else script.AGGREGATIONS[objective]
         batch["weights"] = script.token_weights(batch["mask"], aggregation, 9, batch["tokens"], 7)
-        monkeypatch.setattr(script, "token_log_probs", lambda *_, x=(log_probs, entropy), **__: x)
+        monkeypatch.setattr(script, "token_log_probs", lambda *_, x=(log_probs, of_all): x)
         loss, stats, ratios = script.minibatch_loss(None, batch, args)
         expected = literal_objective(log_probs, entropy, batch, args, objective, 9)
         torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
@@ -219,16 +220,17 @@ def test_objective_and_its_gradient_equal_the_literal_formulas(objective, overri
             outside, of = ((ratio < low) | (ratio > high)).sum().item(), batch["tokens"]
         assert 0 < outside or high > 3 or objective == "gspo"
         assert stats["clip_ratio/region_mean"].item() == pytest.approx(outside / of)
+        assert stats["entropy"].item() == pytest.approx((entropy * batch["mask"]).sum().item() / batch["tokens"])
         kl = (ratio - 1 - ratio.log()).sum().item() / batch["tokens"]
         assert stats["losses/approx_kl"].item() == pytest.approx(kl)
 
 
 @SCRIPTS
 def test_a_token_that_the_old_policy_all_but_excluded_leaves_the_loss_finite(script, monkeypatch):
-    log_probs, entropy, batch = random_batch(0, None)
+    log_probs, of_all, batch = random_batch(0, None)
     batch["old_log_probs"] = log_probs.detach() - 800  # a ratio of exp(800) would be inf
     batch["weights"] = script.token_weights(batch["mask"], "token", 9, batch["tokens"], 7)
-    monkeypatch.setattr(script, "token_log_probs", lambda *_, **__: (log_probs, entropy))
+    monkeypatch.setattr(script, "token_log_probs", lambda *_: (log_probs, of_all))
     loss, stats, ratios = script.minibatch_loss(None, batch, script.Args(max_completion_length=7))
     (gradient,) = torch.autograd.grad(loss, log_probs)
     assert all(x.isfinite().all() for x in (loss, gradient, ratios, *stats.values()))
@@ -241,7 +243,7 @@ def test_the_kl_estimate_is_clamped_as_in_verl(script, monkeypatch):
     batch = {"mask": torch.ones(1, 3), "weights": torch.ones(1, 3) / 3, "tokens": 3.0}
     batch |= {"old_log_probs": log_probs.detach(), "ref_log_probs": torch.tensor([[-0.1, -0.5, -95.0]])}
     batch |= {"advantages": torch.zeros(1), "targets": torch.ones(1)}
-    monkeypatch.setattr(script, "token_log_probs", lambda *_, **__: (log_probs, torch.zeros(1, 3)))
+    monkeypatch.setattr(script, "token_log_probs", lambda *_: (log_probs, torch.zeros(1, 3, 1)))
     loss, stats, _ = script.minibatch_loss(None, batch, script.Args(kl_coef=1.0))
     expected = (10 + (math.exp(0.5) - 0.5 - 1) + 10) / 3  # the last: exp(-20) + 20 - 1, clamped
     assert stats["kl"].item() == pytest.approx(expected) and loss.item() == pytest.approx(expected)
@@ -286,7 +288,7 @@ def test_losses_equal_those_of_trl(objective, monkeypatch):
     batch |= {"old_log_probs": tensors["old_log_probs"], "ref_log_probs": tensors["ref_log_probs"]}
     counts = len(mask), mask.sum().item(), RECORDED["max_completion_length"]
     batch["weights"] = grpo.token_weights(mask, grpo.AGGREGATIONS[objective], *counts)
-    monkeypatch.setattr(grpo, "token_log_probs", lambda *_, **__: (log_probs, torch.zeros_like(log_probs)))
+    monkeypatch.setattr(grpo, "token_log_probs", lambda *_: (log_probs, torch.zeros(*log_probs.shape, 1)))
     loss, *_ = grpo.minibatch_loss(None, batch, args)
     assert loss.item() == pytest.approx(recorded["loss"], rel=1e-5)
     gradient = torch.autograd.grad(loss, log_probs)[0]
@@ -330,15 +332,14 @@ def test_padding_on_either_side_changes_nothing(script, tiny, prompts):
     attention = model.model.layers[0].self_attn
     hook = attention.register_forward_pre_hook(lambda _, __, x: masks.append(x["attention_mask"]), with_kwargs=True)
     with torch.no_grad():
-        log_probs, entropies = script.token_log_probs(model, batch, 0.7)
+        log_probs, of_all = script.token_log_probs(model, batch, 0.7)
         hook.remove()
         assert (masks[0] is None) == (prompts is not PROMPTS)
         for i, (prompt, completion) in enumerate(zip(prompts, COMPLETIONS)):
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
             expected = [logits[t].log_softmax(-1)[token].item() for t, token in enumerate(completion)]
             assert log_probs[i, : len(completion)].tolist() == pytest.approx(expected, abs=1e-5)
-            expected = torch.distributions.Categorical(logits=logits).entropy()
-            torch.testing.assert_close(entropies[i, : len(completion)], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(of_all[i, : len(completion)], logits.log_softmax(-1), rtol=1e-4, atol=1e-5)
             assert batch["mask"][i].tolist() == [1.0] * len(completion) + [0.0] * (4 - len(completion))
 
 
@@ -400,23 +401,6 @@ def test_a_model_without_layers_to_recompute_is_bad_input(script, monkeypatch):
     monkeypatch.setattr(script, "GradientCheckpointingLayer", torch.nn.Conv3d)
     with pytest.raises(script.BadInput, match="leave out --gradient-checkpointing"):
         script.make_model(script.Args(gradient_checkpointing=True), torch.device("cpu"))
-
-
-@SCRIPTS
-def test_no_entropy_is_computed_before_the_update(script, monkeypatch):
-    """It takes memory of the size of all logits, and only the update has a use for it."""
-    args, entropies = script.Args(num_prompts=2, minibatch_prompts=2, group_size=4), []
-    model, _ = script.make_model(args, torch.device("cpu"))
-    token_log_probs = script.token_log_probs
-
-    def watched(*args, **settings):
-        log_probs, entropy = token_log_probs(*args, **settings)
-        entropies.append(entropy)
-        return log_probs, entropy
-
-    monkeypatch.setattr(script, "token_log_probs", watched)
-    ((batch,),) = script.make_minibatches(model, model, new_groups(script, args), args)
-    assert entropies == [None, None] and torch.equal(batch["ref_log_probs"], batch["old_log_probs"])
 
 
 @SCRIPTS
@@ -663,9 +647,11 @@ def with_functions(script, monkeypatch, **functions):
 
 
 @SCRIPTS
-@pytest.mark.parametrize("rewards", [[1.0], [1.0] * 3, [0.0, math.nan], [math.inf, 0], None, ["a", 1], 7])
+@pytest.mark.parametrize(
+    "rewards", [[1.0], [1.0] * 3, [0.0, math.nan], [math.inf, 0], None, ["a", 1], 7, [[1], [2]], [10**400, 0]]
+)
 def test_a_reward_function_must_return_a_finite_number_for_each_completion(script, rewards, monkeypatch):
-    with_functions(script, monkeypatch, f=lambda **_: rewards, g=lambda **_: [True, 0.5])
+    with_functions(script, monkeypatch, f=lambda **_: rewards, g=lambda **_: iter([True, 0.5]))
     with pytest.raises(script.BrokenRun, match="f must return 2 finite numbers or None"):
         script.true_rewards(SUMS, script.Args(reward_fn=("f",)))
     assert script.true_rewards(SUMS, script.Args(reward_fn=("g",))).tolist() == [[1.0, 0.5]]
@@ -733,6 +719,17 @@ def test_a_reward_function_cannot_end_the_process_without_a_word(script, monkeyp
 
 
 @SCRIPTS
+def test_a_damaged_dataset_is_one_line(script, tmp_path):
+    path = tmp_path / "x.parquet"
+    write_rows(path, ROWS * 500)
+    content = bytearray(path.read_bytes())
+    content[20:400] = b"\xff" * 380
+    path.write_bytes(content)
+    with pytest.raises(script.BadInput, match="^cannot read "):
+        script.make_problems(script.Args(model="x", dataset=str(path)), None)
+
+
+@SCRIPTS
 @pytest.mark.parametrize("source", [":", "http://nowhere.invalid/x.parquet"])
 def test_what_is_no_dataset_is_one_line(script, source):
     with pytest.raises(script.BadInput, match="^cannot read "):
@@ -775,9 +772,9 @@ def test_stop_tokens_are_those_of_tokenizer_generation_config_and_flag(script, t
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_text_lacks_the_stop_token_and_has_special_ones_if_asked_for(script, tiny, keep):
     model, tokenizer = tiny
-    args = script.Args(stop=("=", "+"), keep_special_tokens=keep)
-    uniforms = torch.rand(1, 40, 6, generator=torch.Generator().manual_seed(0))
-    (group,) = script.sample(model, None, tokenizer, args, [{"ids": PROMPTS[0]}], uniforms, 1.0, 1.0)
+    args = script.Args(stop=("=", "+"), keep_special_tokens=keep, max_completion_length=6)
+    generator = torch.Generator().manual_seed(0)
+    (group,) = script.sample(model, None, tokenizer, args, [{"ids": PROMPTS[0]}], 40, generator, 1.0, 1.0)
     ended = [x for x in group["completions"] if x[-1] in (12, 13)]
     assert ended and any(0 in x for x in group["completions"])
     for ids, text in zip(group["completions"], group["texts"]):
@@ -842,14 +839,14 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_padded_batch_equals_single_rows_in_every_architecture(kind):
-    """Log-probabilities and entropies; samples with a cache are those without."""
+    """Log-probabilities; samples with a cache are those without."""
     model = sized(kind, **KINDS[kind])
     with torch.no_grad():
         batch = gbpo.collate(PROMPTS, COMPLETIONS, "cpu")
-        log_probs, entropies = gbpo.token_log_probs(model, batch, 0.7)
+        both = gbpo.token_log_probs(model, batch, 0.7)
         for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS)):
             single = gbpo.token_log_probs(model, gbpo.collate([prompt], [completion], "cpu"), 0.7)
-            for found, expected in zip((log_probs, entropies), single):
+            for found, expected in zip(both, single):
                 torch.testing.assert_close(found[i, : len(completion)], expected[0], rtol=1e-4, atol=1e-5)
     uniforms = torch.rand(3, 2, 6, generator=torch.Generator().manual_seed(1))
     expected = [literal_generation(model, p, x, 1.0, 1.0, [1, 7]) for p, g in zip(PROMPTS, uniforms) for x in g]
@@ -1008,18 +1005,6 @@ def test_held_out_problems_may_be_of_a_file_without_a_dataset(script, tiny, tmp_
     args = script.Args(eval_dataset=write_rows(tmp_path / "x.json", ROWS))
     train, held_out = script.make_problems(args, tiny[1])
     assert len(train) == 7600 and [x["row"] for x in held_out] == ROWS
-
-
-@SCRIPTS
-def test_fsdp_needs_a_held_out_problem_for_each_process(script, tiny, tmp_path, monkeypatch):
-    """A process without one would not take part in gathering the weights, and the others would wait for it."""
-    monkeypatch.setattr(script, "WORLD_SIZE", 3)
-    own = dict(fsdp=True, model="x", dataset=write_rows(tmp_path / "x.json", ROWS * 2))
-    few = write_rows(tmp_path / "few.json", ROWS)
-    for other in ({"eval_problems": 2}, {"eval_dataset": few}):
-        with pytest.raises(script.BadInput, match="each of the 3 processes"):
-            script.make_problems(script.Args(**own, **other), tiny[1])
-    assert len(script.make_problems(script.Args(**own, eval_problems=3), tiny[1])[1]) == 4
 
 
 # --- settings and machines

@@ -688,6 +688,14 @@ def test_two_processes_equal_one(warmed, warmed_run, tmp_path, flags):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_process_without_a_problem_to_evaluate_keeps_up(warmed, warmed_run, tmp_path):
+    done = torchrun(2, gbpo, **SHORT | {"eval_problems": 1}, model=warmed, output_dir=tmp_path, fsdp=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run_dir,) = tmp_path.iterdir()
+    assert (run_dir / "episodes.csv").read_bytes() == (warmed_run / "episodes.csv").read_bytes()
+
+
 UNLIKE_RUN = """
 import sys, torch, {script} as script
 

@@ -41,7 +41,7 @@ OF_LANGUAGE = "Args ratio_bounds group_advantages minibatch_loss make_minibatche
 # What a script has in words of its own, of all that carries a name of the script for continuous actions.
 OTHER = {
     "atari_envpool": "Args minibatch_loss measure_advantages policy_change critic Agent make_envs collect prepare "
-    "minibatch_gradient update measure train compiled read_args",
+    "make_optimizer minibatch_gradient update measure train compiled read_args",
     "locomotion": "Args minibatch_loss mlp critic Agent make_envs require_finite collect prepare update measure "
     "make_optimizer train compiled measure_advantages",
     "llm": "Args minibatch_loss train Run read_args update measure",

@@ -371,12 +371,12 @@ def test_resuming_restores_every_tensor(script, tmp_path, monkeypatch):
     assert not (run_dir / "agent.pt").exists(), "a run that goes on is not complete"
     for name in ("agent", "optimizer"):
         torch.testing.assert_close(seen[name].state_dict(), checkpoint[name], rtol=0, atol=0)
-    (state,) = checkpoint["optimizer"]["state"].values()
-    assert state.keys() == {"step", "exp_avg", "exp_avg_sq"} and state["step"] > 0
-    # The optimizer's vector is still what the networks read.
-    (flat,), parameters = seen["optimizer"].param_groups[0]["params"], list(seen["agent"].parameters())
-    assert torch.equal(flat, torch.nn.utils.parameters_to_vector(parameters))
-    assert all(p.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for p in parameters)
+    states, parameters = checkpoint["optimizer"]["state"].values(), list(seen["agent"].parameters())
+    assert all(x.keys() == {"step", "exp_avg", "exp_avg_sq"} and x["step"] > 0 for x in states)
+    # The optimizer still steps what the networks read.
+    stepped = seen["optimizer"].param_groups[0]["params"]
+    assert len(states) == len(stepped)
+    assert all(p.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in stepped} for p in parameters)
 
 
 @each(*CONTINUOUS, *ROBOTS)
