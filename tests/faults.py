@@ -156,7 +156,7 @@ FAULTS = {
     ],
     "22 weights that are not finite saved": [
         (CONTROL, 'if not all(x.isfinite().all() for x in self.parts["agent"].parameters()):', "if False:"),
-        (LLM, "if not all(gather(finite)):", "if False:"),
+        (LLM, "if not full(nn.utils.get_total_norm(self.learner.masters)).isfinite():", "if False:"),
     ],
     "23 advantages over the batch": [(LLM, "rewards.mean(-1, keepdim=True)", "rewards.mean()")],
     "24 mean over tokens for responses": [
