@@ -233,9 +233,9 @@ def token_weights(mask, aggregation, responses, tokens, max_length):
 
 def minibatch_loss(model, batch, args):
     """One micro-batch's share of a minibatch's objective [] and statistics [], and its ratios [B, T]."""
-    log_probs, of_all = token_log_probs(model, batch, args.sampling_temperature)
-    of_all = of_all if args.ent_coef else of_all.detach()
-    entropy = -(of_all.exp() * of_all.clamp(min=-1e4)).sum(-1)  # of an excluded token: 0, not 0 times -inf
+    log_probs, all_log_probs = token_log_probs(model, batch, args.sampling_temperature)
+    all_log_probs = all_log_probs if args.ent_coef else all_log_probs.detach()
+    entropy = -(all_log_probs.exp() * all_log_probs.clamp(min=-1e4)).sum(-1)  # excluded tokens: 0, not 0 times -inf
     log_ratio = (log_probs - batch["old_log_probs"]).clamp(-20, 20)
     ratio, (low, high) = log_ratio.exp(), ratio_bounds(args)
     loss = policy_loss(ratio, batch["targets"][:, None], batch["advantages"][:, None], args.tv_coef)
