@@ -228,6 +228,7 @@ RUNS |= dict(
     rebuilt_hopper=20,
     tune_mujoco=96,
     mujoco=120,
+    caught_hopper=20,
     reference_mujoco=26,
     reference_atari=1,
     paper_figure6_ttrl=60,
