@@ -594,7 +594,7 @@ TEXT = r"\\(?:text|math|mbox|underline)(?:rm|bf|it)? ?"
 # What follows a number without being its unit: words for numbers, and variables.
 ORDINAL = "third|quarter|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie)th"
 NUMERAL = rf"[a-z]*illion|hundred|thousand|dozen|hal[fv]|{ORDINAL}|squared|cubed|factorial|bn|lakh|crore"
-NO_UNIT = rf"(?:.*[ ./])?(?:{NUMERAL}|(?:[a-fikx-z]|pi|or|and|mod|base|binary|repeating|less|more)\b)"
+NO_UNIT = rf"(?:.*[ ./])?(?:{NUMERAL}|(?:[a-fikx-z]|pi|or|and|mod|base|binary|repeating|less|more|plus|minus)\b)"
 BARE_UNIT = r"(?<=[\d ])(?:[cmk]m|kg)|(?<= )(?:grams?|met(?:er|re)s?|degrees?|dollars?|cents?|inches|feet|miles?"
 BARE_UNIT += "|(?:square |cubic )?units?|percent|seconds?|minutes?|hours?|days?|weeks?|months?|years?)"
 UNIT = rf"{TEXT}\{{ ?(?!{NO_UNIT})[a-zA-Z][a-zA-Z ./]*\}}|{BARE_UNIT}|\\?%|°|\^ ?\{{?\\circ\}}?"
@@ -602,7 +602,7 @@ PLAIN = [
     (r"\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
     (r"\{,\}", ","),
     (r"(?:(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|\\?[$€£¥]|\\[()\[\]]|[~*\s])+", " "),  # spaces, and what is like one
-    (r" ?\\[dtc]?frac ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?(?:\{ ?([0-9]+) ?\}|([0-9])) ?", r" \1\2/\3\4 "),
+    (r" ?\\[dtc]?frac ?(?:\{ ?(-?[0-9,]+) ?\}|([0-9])) ?(?:\{ ?(-?[0-9]+) ?\}|([0-9])) ?", r" \1\2/\3\4 "),
     (r"^ ?\\?[a-zA-Z]+(?:_\w|_\{\w+\})?(?:\([a-z]\))? ?= ?", ""),  # x = 5
     (rf"(?<=[\w}}) ])(?: ?(?:{UNIT})(?:\^\{{?[23]\}}?)?)+[ .]*$", ""),
     (TEXT + r"\{([^{}]*)\}", r" \1 "),
@@ -611,7 +611,7 @@ PLAIN = [
 NUMBER = re.compile(
     r"([+-]?) ?(?:([0-9]{1,40}) (?=[1-9][0-9]*/))?"  # the sign; the whole part of a mixed number
     r"([0-9]{1,40}|[0-9]{1,3}(?:(?:,[0-9]{3}){1,12}|(?: [0-9]{3}){1,12})|(?=\.[0-9]))"  # 1000, 1,000 or 1 000
-    r"(\.[0-9]{0,40})?(?: ?/ ?([0-9]{1,40}))?"  # the decimals; the divisor
+    r"(\.[0-9]{0,40})?(?: ?/ ?(-?[0-9]{1,40}))?"  # the decimals; the divisor
 )
 BRACES = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"  # three more within these
 # A minus before a box: directly, after no operand; or alone in front of it in a formula, with spacing.
@@ -622,7 +622,7 @@ BOX = re.compile(rf"\s{{0,3}}(?:{BRACES}|([0-9.,/+-]{{0,40}}[0-9]))")
 def plain(text):
     """An answer without its typography, its unit and the variable that it is the value of."""
     text = text.translate(WIDE)
-    for pattern, new in PLAIN:
+    for pattern, new in PLAIN * 2:  # \text{5 cm} has a unit only without its wrapper
         text = re.sub(pattern, new, text)
     return text.strip()
 
