@@ -484,7 +484,7 @@ def train(args):
 
 FORMAT = 2  # of args.json and checkpoints
 KEYS = {"agent.pt": {"agent"}, "checkpoint.pt": {"agent", "optimizer", "step", "episodes", "rng_state", "log_sizes"}}
-MAY_CHANGE = "total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
+MUTABLE = "resume total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
 
 
 class BadInput(ValueError):
@@ -506,7 +506,10 @@ class Run(ExitStack):
         """Locks the folder and reads the checkpoint, if this is to resume a run."""
         if self.args.resume is not None:
             self.dir = Path(self.args.resume)
-            load_run(self.dir, "checkpoint.pt")
+            settings, _ = load_run(self.dir, "checkpoint.pt")
+            for name, value in vars(settings).items():
+                if getattr(self.args, name) != value and name not in MUTABLE:
+                    raise BadInput(f"a run keeps its settings: leave out --{name.replace('_', '-')}")
             self.enter_context(FileLock(self.dir / "lock", timeout=0))
             _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
             self.step = self.saved["step"]
@@ -713,7 +716,7 @@ def compiled(function, args):
 
 
 def read_args(words):
-    """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
+    """Args from the command line. With --resume the run's settings are the defaults."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise BadInput("this script trains in one process: start it without torchrun")
@@ -729,11 +732,7 @@ def read_args(words):
     saved.resume = typed.resume
     if ":" in saved.env_id and typed.env_id is None:  # module:task, code that a file names is not run
         raise BadInput(f"the task is code of your own: if it is yours, add --env-id {shlex.quote(saved.env_id)}")
-    args = tyro.cli(Args, args=words, default=saved)
-    for name, value in vars(saved).items():
-        if getattr(args, name) != value and name not in MAY_CHANGE:
-            raise BadInput(f"a run keeps its settings: leave out --{name.replace('_', '-')}")
-    return args
+    return tyro.cli(Args, args=words, default=saved)
 
 
 if __name__ == "__main__":

@@ -1049,8 +1049,8 @@ def train(args):
 FORMAT = 2  # of args.json and checkpoints
 KEYS = {"checkpoint.pt": {"learner", "step", "log_sizes"}}
 LOGS = ("episodes.csv", "metrics.csv", "evaluations.csv", "completions.jsonl")
-MAY_CHANGE = (
-    "total_timesteps micro_batch_tokens generation_batch_size gradient_checkpointing fsdp device vllm_memory "
+MUTABLE = (
+    "resume total_timesteps micro_batch_tokens generation_batch_size gradient_checkpointing fsdp device vllm_memory "
     "output_dir checkpoint_seconds track wandb_project_name wandb_entity"
 ).split()
 
@@ -1161,7 +1161,10 @@ class Run(ExitStack):
             self.dir = Path(self.args.resume)
             if RANK == 0 and self.dir.exists():
                 self.enter_context(FileLock(self.dir / "lock", timeout=0))
-            _, self.saved = load_run(self.dir, "checkpoint.pt")
+            settings, self.saved = load_run(self.dir, "checkpoint.pt")
+            for name, value in vars(settings).items():
+                if getattr(self.args, name) != value and name not in MUTABLE:
+                    raise BadInput(f"a run keeps its settings: leave out --{name.replace('_', '-')}")
             self.step = self.saved["step"]
             if self.step >= self.args.total_timesteps and (self.dir / "model").exists():
                 raise BadInput(f"{self.dir} is complete: to go on, add a larger --total-timesteps")
@@ -1378,7 +1381,7 @@ def load_run(run_dir, name):
 
 
 def read_args(words):
-    """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
+    """Args from the command line. With --resume the run's settings are the defaults."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", nargs="?")
@@ -1390,11 +1393,7 @@ def read_args(words):
     saved.resume = typed.resume
     if saved.reward_fn and tuple(typed.reward_fn) != saved.reward_fn:  # code that a file names is not run
         raise BadInput(f"the run calls code: if it is yours, add --reward-fn {shlex.join(saved.reward_fn)}")
-    args = tyro.cli(Args, args=words, default=saved)
-    for name, value in vars(saved).items():
-        if getattr(args, name) != value and name not in MAY_CHANGE:
-            raise BadInput(f"a run keeps its settings: leave out --{name.replace('_', '-')}")
-    return args
+    return tyro.cli(Args, args=words, default=saved)
 
 
 if __name__ == "__main__":

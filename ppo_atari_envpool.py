@@ -390,8 +390,8 @@ def train(args):
 
 FORMAT = 2  # of args.json and checkpoints
 KEYS = {"agent.pt": {"agent"}, "checkpoint.pt": {"agent", "optimizer", "step", "episodes", "rng_state", "log_sizes"}}
-MAY_CHANGE = "total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
-MAY_CHANGE += ["device", "cuda_graphs"]
+MUTABLE = "resume total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
+MUTABLE += ["device", "cuda_graphs"]
 
 
 class BadInput(ValueError):
@@ -413,7 +413,10 @@ class Run(ExitStack):
         """Locks the folder and reads the checkpoint, if this is to resume a run."""
         if self.args.resume is not None:
             self.dir = Path(self.args.resume)
-            load_run(self.dir, "checkpoint.pt")
+            settings, _ = load_run(self.dir, "checkpoint.pt")
+            for name, value in vars(settings).items():
+                if getattr(self.args, name) != value and name not in MUTABLE:
+                    raise BadInput(f"a run keeps its settings: leave out --{name.replace('_', '-')}")
             self.enter_context(FileLock(self.dir / "lock", timeout=0))
             _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it
             self.step = self.saved["step"]
@@ -705,7 +708,7 @@ def compiled(function, args):
 
 
 def read_args(words):
-    """Args from the command line. With --resume the run's settings are the defaults, and few may be changed."""
+    """Args from the command line. With --resume the run's settings are the defaults."""
     os.environ["PYDANTIC_ERRORS_INCLUDE_URL"] = "0"
     if any(word.startswith(("--evaluate", "--capture")) for word in words):
         raise BadInput("to evaluate and film a run: python enjoy.py RUN_DIR --video")
@@ -716,11 +719,7 @@ def read_args(words):
         return tyro.cli(Args, args=words)
     saved, _ = load_run(run_dir, "checkpoint.pt")
     saved.resume = run_dir
-    args = tyro.cli(Args, args=words, default=saved)
-    for name, value in vars(saved).items():
-        if getattr(args, name) != value and name not in MAY_CHANGE:
-            raise BadInput(f"a run keeps its settings: leave out --{name.replace('_', '-')}")
-    return args
+    return tyro.cli(Args, args=words, default=saved)
 
 
 if __name__ == "__main__":

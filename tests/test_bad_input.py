@@ -169,6 +169,8 @@ def test_typed_settings_of_a_run_cannot_change(script, tiny, monkeypatch, capsys
             resume(script, run_dir, "--total-timesteps", "640", *words.split())
     code, lines = command_line(script, ["--resume", run_dir, "--no-norm-obs"], monkeypatch, capsys)
     assert (code, lines) == (2, ["error: a run keeps its settings: leave out --norm-obs"])
+    with pytest.raises(script.BadInput, match="^a run keeps its settings: leave out --"):
+        script.train(script.Args(resume=str(run_dir)))  # not typed at all
     assert contents(run_dir) == before
     args = script.read_args(["--resume", str(run_dir), "--minibatch-size", "32", "--total-timesteps", "9000"])
     assert (args.minibatch_size, args.num_steps, args.total_timesteps) == (32, 16, 9000)  # its own may be typed
@@ -184,7 +186,7 @@ def test_a_run_may_go_on_on_another_device_but_with_no_other_setting(script, tmp
     words = ["--resume", str(run_dir), "--total-timesteps", "99"]
     assert script.read_args(words).device == "cuda" and script.read_args([*words, "--device", "cpu"]).device == "cpu"
     with pytest.raises(script.BadInput, match="a run keeps its settings: leave out --gamma"):
-        script.read_args([*words, "--gamma", "0.5"])
+        script.train(script.read_args([*words, "--device", "cpu", "--gamma", "0.5"]))
 
 
 # --- settings

@@ -333,7 +333,7 @@ def test_dynamic_sampling_replaces_the_groups_without_a_signal(script, untaught,
 
 def test_resume_takes_no_other_settings(run):
     with pytest.raises(gbpo.BadInput, match="a run keeps its settings: leave out --learning-rate"):
-        gbpo.read_args(["--resume", str(run), "--learning-rate", "1.0"])
+        resume(gbpo, run, "--learning-rate", 1.0)
     with pytest.raises(grpo.BadInput, match="made by another script or version, gbpo_llm.py"):
         grpo.read_args(["--resume", str(run)])
 
