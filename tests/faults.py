@@ -152,7 +152,7 @@ FAULTS = {
     "21 lock not taken": [
         (CONTROL + LLM, f"{LOCK}\n        git", "pass\n        git"),  # by a new run
         (CONTROL, f"{LOCK}\n            _, self.saved", "pass\n            _, self.saved"),  # by a resumed one
-        (LLM, f"{LOCK}\n            _, self", "pass\n            _, self"),
+        (LLM, f"{LOCK}\n            settings, self", "pass\n            settings, self"),
     ],
     "22 weights that are not finite saved": [
         (CONTROL, 'if not all(x.isfinite().all() for x in self.parts["agent"].parameters()):', "if False:"),

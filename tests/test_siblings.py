@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from common import CONTROL, ROOT, options_without_help
+from faults import FAULTS
 
 NAMES = [*(x.__name__ for x in CONTROL), "gbpo_llm", "grpo_llm"]
 PAIRS = [("ppo_continuous_action", "bpo_continuous_action"), ("ppo_atari_envpool", "bpo_atari_envpool")]
@@ -137,6 +138,15 @@ TABLES["ppo"] = TABLE | dict(clip_coef=0.2, ent_coef=0.01, update_epochs=5, vf_c
 def test_defaults_for_robots_are_the_papers_tables(name):
     args = importlib.import_module(f"{name}_locomotion").Args()
     assert {x: getattr(args, x) for x in TABLES[name]} == TABLES[name]
+
+
+def test_every_known_fault_still_has_its_place_in_the_scripts():
+    """Else faults.py, which takes minutes and is run by hand, would be the first to say so."""
+    text = {name: (ROOT / f"{name}.py").read_text() for name in [*NAMES, "brrl_tabular"]}
+    for fault, parts in FAULTS.items():
+        for scripts, *pairs in parts:
+            for script in scripts:
+                assert all(old in text[script] for old in pairs[::2]), (fault, script)
 
 
 @pytest.mark.slow
