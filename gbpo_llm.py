@@ -1049,7 +1049,7 @@ def train(args):
 FORMAT = 2  # of args.json and checkpoints
 KEYS = {"checkpoint.pt": {"learner", "step", "log_sizes"}}
 LOGS = ("episodes.csv", "metrics.csv", "evaluations.csv", "completions.jsonl")
-MUTABLE = (
+MAY_VARY = (
     "resume total_timesteps micro_batch_tokens generation_batch_size gradient_checkpointing fsdp device vllm_memory "
     "output_dir checkpoint_seconds track wandb_project_name wandb_entity"
 ).split()
@@ -1163,7 +1163,7 @@ class Run(ExitStack):
                 self.enter_context(FileLock(self.dir / "lock", timeout=0))
             settings, self.saved = load_run(self.dir, "checkpoint.pt")
             for name, value in vars(settings).items():
-                if getattr(self.args, name) != value and name not in MUTABLE:
+                if getattr(self.args, name) != value and name not in MAY_VARY:
                     raise BadInput(f"a run keeps its settings: leave out --{name.replace('_', '-')}")
             self.step = self.saved["step"]
             if self.step >= self.args.total_timesteps and (self.dir / "model").exists():

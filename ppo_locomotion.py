@@ -653,8 +653,8 @@ def train(args):
 
 FORMAT = 2  # of args.json and checkpoints
 KEYS = {"agent.pt": {"agent"}, "checkpoint.pt": {"agent", "optimizer", "step", "episodes", "rng_state", "log_sizes"}}
-MUTABLE = "resume total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
-MUTABLE.append("device")
+MAY_VARY = "resume total_timesteps compile output_dir checkpoint_seconds track wandb_project_name wandb_entity".split()
+MAY_VARY.append("device")
 
 
 class BadInput(ValueError):
@@ -678,7 +678,7 @@ class Run(ExitStack):
             self.dir = Path(self.args.resume)
             settings, _ = load_run(self.dir, "checkpoint.pt")
             for name, value in vars(settings).items():
-                if getattr(self.args, name) != value and name not in MUTABLE:
+                if getattr(self.args, name) != value and name not in MAY_VARY:
                     raise BadInput(f"a run keeps its settings: leave out --{name.replace('_', '-')}")
             self.enter_context(FileLock(self.dir / "lock", timeout=0))
             _, self.saved = load_run(self.dir, "checkpoint.pt")  # again: only now nobody else writes it

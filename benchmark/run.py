@@ -156,7 +156,7 @@ class Run:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"), "1")
         options = dict(stdin=subprocess.DEVNULL, env=os.environ | threads, pass_fds=[self.lock])
         options |= dict(preexec_fn=lambda: prepare_process(self.cores))
-        options |= dict(start_new_session=True)  # Ctrl-C reaches the runner only
+        options["start_new_session"] = True  # Ctrl-C reaches the runner only
         with (self.folder / "log.txt").open("a") as log:
             print("$", shlex.join(self.command()), file=log, flush=True)
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, **options)
