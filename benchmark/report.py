@@ -34,7 +34,7 @@ from run import HARMLESS, RUNNERS
 from scipy.stats import DegenerateDataWarning, bootstrap, ttest_1samp
 
 WINDOW = 100  # episodes
-DRAWS = 2000  # of a bootstrap
+DRAWS = 2000  # of rliable
 MANY = 4  # groups of a task besides references, above which curves could not be told apart
 FEW = 5  # runs of a group, up to which each is drawn in place of an interval
 KEYS = ["task", "group", "seed"]  # of a run
@@ -241,7 +241,7 @@ def collect(args):
 # --- intervals
 
 
-def mean_interval(rng, *sides):
+def mean_interval(*sides):
     """Mean of a side [S, ...], or of one less another's, and its interval: point, low, high."""
 
     def statistic(ours, *theirs, axis=0):
@@ -250,7 +250,7 @@ def mean_interval(rng, *sides):
     point = statistic(*sides)
     if min(map(len, sides)) < 2:
         return point, point, point
-    drawn = bootstrap(sides, statistic, n_resamples=DRAWS, method="percentile", rng=rng)
+    drawn = bootstrap(sides, statistic, method="percentile", rng=0)
     return point, *drawn.confidence_interval
 
 
@@ -259,6 +259,7 @@ def rliable_interval(statistic, *sides):
     point = statistic(*sides)
     if max(map(len, sides)) < 2:
         return point, point, point
+    np.random.seed(0)  # rliable draws from it, whatever random_state it has
     scores = {"": sides if len(sides) > 1 else sides[0]}
     drawn = library.get_interval_estimates(scores, lambda *x: np.array([statistic(*x)]), reps=DRAWS)[1][""][:, 0]
     return point, *drawn
@@ -327,15 +328,15 @@ def ends_of(table, name):
     return ends
 
 
-def llm_cells(curves, runs, rng):
+def llm_cells(curves, runs):
     """Cells that only language models have, of a group's curves [S, K]."""
     cells = {"start": f"{curves.iloc[:, 0].mean():.3f}", "best": f"{curves.max(axis=1).mean():.3f}"}
     largest = figure(runs, "largest_ratio").to_numpy()
-    cells["largest ratio (95%)"] = estimate(2, *mean_interval(rng, largest), len(runs))
+    cells["largest ratio (95%)"] = estimate(2, *mean_interval(largest), len(runs))
     return cells | {"out of bounds": f"{figure(runs, 'ratio/out_of_bounds').mean(skipna=False):.1%}"}
 
 
-def group_rows(task, table, runs, baseline, tables, rng, without_noise):
+def group_rows(task, table, runs, baseline, tables, without_noise):
     """Adds a task's groups to the tables, rows by name; returns the ends, of groups as long as the baseline."""
     name, llm = next(name for name in PANELS if name in table), "ratio_max" in table
     ends, curves = ends_of(table, name), table.pivot(index=["group", "seed"], columns="step", values=name)
@@ -347,19 +348,19 @@ def group_rows(task, table, runs, baseline, tables, rng, without_noise):
     for group, last in ends.groupby("group"):
         last, own, row = last.to_numpy(), runs[runs["group"] == group], {"task": task, "group": group}
         count, step, script = len(last), steps[group], own["script"].iloc[0]
-        cells = {"seeds": count, "steps": step, "mean (95%)": estimate(digits, *mean_interval(rng, last), count)}
+        cells = {"seeds": count, "steps": step, "mean (95%)": estimate(digits, *mean_interval(last), count)}
         iqm = rliable_interval(metrics.aggregate_iqm, last[:, None])
         cells["IQM (95%)"] = estimate(digits, *iqm, count)
         worst = np.sort(last)[: math.ceil(count / 4)].mean() if count >= 4 else np.nan
         cells |= {"worst quarter": show(worst), "caught": f"{figure(own, 'caught').mean(skipna=False):.0%}"}
-        cells |= llm_cells(curves.loc[group].dropna(axis=1), own, rng) if llm else {}
+        cells |= llm_cells(curves.loc[group].dropna(axis=1), own) if llm else {}
         if "hours" in table:
             cells["hours of one core"] = f"{ends_of(table, 'hours')[group].mean():.2f}"
         tables["groups"].append(row | cells | {"each": ", ".join(map(show, last))})
         comparable = group != baseline and not llm and steps.get(baseline) == step and baseline in ends.index
         base = ends[baseline].to_numpy() if comparable else last[:0]
         if min(count, len(base)) > 1:
-            less = {f"mean less that of {baseline} (95%)": estimate(digits, *mean_interval(rng, last, base))}
+            less = {f"mean less that of {baseline} (95%)": estimate(digits, *mean_interval(last, base))}
             better = {f"P(better than {baseline}) (95%)": probability(last[:, None], base[:, None])}
             tables["against"].append(row | less | better)
         if script != "reference" and (key := (game, method(group, script)), str(step)) in paper:
@@ -415,13 +416,13 @@ def by_setting(table):
     return table.assign(**names.fillna(table))
 
 
-def draw_curves(axis, table, name, looks, rng, x):
+def draw_curves(axis, table, name, looks, x):
     """Mean of each group's runs, and its interval, or up to FEW runs each."""
     for group, runs in table.groupby("group"):
         runs = runs.assign(point=runs.groupby("seed").cumcount())  # language models have points at different steps
         wide = runs.pivot(index="seed", columns="point", values=[x, name])
         steps, values = wide[x].mean().to_numpy(), wide[name].to_numpy()  # [K], [S, K]
-        style, (mean, *sides) = line(*looks[group]), mean_interval(rng, values)
+        style, (mean, *sides) = line(*looks[group]), mean_interval(values)
         if len(values) > FEW:
             axis.fill_between(steps, *sides, color=style["color"], alpha=0.2, linewidth=0)
         for each in values if len(values) <= FEW else ():
@@ -445,35 +446,34 @@ def draw_ends(axis, figures, title, looks):
     axis.set(xlabel=title, ylim=(-0.6, len(figures) - 0.4))
 
 
-def draw_task(axes, names, many, table, runs, looks, rng, x):
+def draw_task(axes, names, many, table, runs, looks, x):
     """A panel per curve of a task, or of many groups per figure at the end, the best on top."""
     order = ends_of(table, names[0]).groupby("group").mean().sort_values().index
     for axis, name in zip(axes, names):
         if many:
             ends = ends_of(table, name) if name != "ratio_max" else runs.set_index(["group", "seed"])["largest_ratio"]
-            values = {x: ends[x].to_numpy() for x in order}
-            figures = {x: (y, *mean_interval(rng, y)) for x, y in values.items()}
+            figures = {x: (ends[x], *mean_interval(ends[x].to_numpy())) for x in order}
             draw_ends(axis, figures, PANELS[name], looks)
         else:
-            draw_curves(axis, table, name, looks, rng, x)
-        scale = "log" if name in ("ratio_max", "charts/learning_rate") else "linear"
-        axis.set(**{"xscale" if many else "yscale": scale})
+            draw_curves(axis, table, name, looks, x)
+        if name in ("ratio_max", "charts/learning_rate"):
+            axis.set(**{"xscale" if many else "yscale": "log"})
     axes[0].set_title(table["task"].iloc[0])
 
 
-def draw_all(curves, summary, looks, rng, x="step"):
-    """The picture of all tasks' curves against x, or of their ends."""
+def draw_all(curves, summary, looks, x="step", more=0):
+    """The picture of all tasks' curves against x, or of their ends, and so many empty axes."""
     runs = dict([*by_setting(summary).groupby("task")])
     tasks = {task: table.dropna(axis=1, how="all") for task, table in by_setting(curves).groupby("task", sort=False)}
     panels = {task: [name for name in PANELS if name in table] for task, table in tasks.items()}
     each, groups = max(map(len, panels.values())), {task: table["group"].unique() for task, table in tasks.items()}
     many = {task: sum(not looks[group][-1] for group in names) > MANY for task, names in groups.items()}
     rows = max(map(len, groups.values())) * any(many.values())
-    picture, axes = make_figure(sum(map(len, panels.values())), rows, each)
+    picture, axes = make_figure(sum(map(len, panels.values())) + more, rows, each)
     for task, table in tasks.items():
-        draw_task(axes, panels[task], many[task], table, runs[task], looks, rng, x)
+        draw_task(axes, panels[task], many[task], table, runs[task], looks, x)
         axes = axes[len(panels[task]) :]
-    return save(picture)
+    return picture, axes
 
 
 def make_figure(panels, rows=0, each=1):
@@ -497,18 +497,20 @@ def save(figure):
     return buffer.getvalue()
 
 
-def aggregate(ends, baseline, tables, looks):
-    """Compares the groups that all tasks have by normalised scores, if several have one; ends by task -> picture."""
+def normalise(ends, looks):
+    """Normalised scores [S, tasks] of the groups that all tasks have, if there are several, and the tasks."""
     scales, scores = {task: CONFIG["normal"].get(re.sub(r"-v\d+$", "", task)) for task in ends}, {}
     ends = {task: values / scales[task] for task, values in ends.items() if scales[task]}
     for group in looks:
         if len(ends) > 1 and all(group in values.index for values in ends.values()):
             least = min(len(values[group]) for values in ends.values())
             scores[group] = np.stack([values[group].to_numpy()[:least] for values in ends.values()], axis=1)
-    if not scores:
-        return {}
+    return scores, ", ".join(ends)
+
+
+def aggregate(axes, scores, tasks, baseline, looks):
+    """Draws the comparison over tasks on two axes; yields the table's rows."""
     figures = {x: (y.mean(1), *rliable_interval(metrics.aggregate_iqm, y)) for x, y in scores.items()}
-    picture, axes = make_figure(2)
     draw_ends(axes[0], figures, "IQM of normalised scores (dots: a run of each task)", looks)
     grid = np.linspace(0, max(x.max() for x in scores.values()), 101)
     profiles, sides = library.create_performance_profile(scores, grid, reps=DRAWS)
@@ -516,14 +518,13 @@ def aggregate(ends, baseline, tables, looks):
         style = line(*looks[group])
         axes[1].fill_between(grid, *sides[group], color=style["color"], alpha=0.2, linewidth=0)
         axes[1].plot(grid, profiles[group], label=group, **style)
-        row = {"group": group, "runs of each task": len(ours), "tasks": ", ".join(ends)}
-        row["mean, normalised"] = f"{ours.mean():.3f}"
+        row = {"group": group, "runs of each task": len(ours), "tasks": tasks, "mean, normalised": f"{ours.mean():.3f}"}
         row["IQM, normalised (95%)"] = estimate(3, *figures[group][1:], len(ours))
         if baseline in scores:
             row[f"P(better than {baseline}) (95%)"] = probability(ours, scores[baseline]) if group != baseline else "-"
-        tables["aggregate"].append(row)
+        yield row
+    axes[0].set_title("all tasks")
     axes[1].set(xlabel="normalised score", ylabel="share of runs above it")
-    return {"aggregate.png": save(picture)}
 
 
 # --- the report
@@ -551,7 +552,6 @@ def main(args):
     matplotlib.use("Agg")
     warnings.simplefilter("ignore", DegenerateDataWarning)
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
-    np.random.seed(0)  # rliable draws from it, whatever random_state it has
     curves, summary, settings = collect(args)
     if args.without_noise and "without_noise" not in summary.dropna(axis=1, how="all"):
         stop("no agent was evaluated: python enjoy.py RUN_DIRS")
@@ -566,21 +566,23 @@ def main(args):
         x: complete_table(table.dropna(axis=1, how="all"), runs[x], references) for x, table in curves.groupby("task")
     }
     tables, ends = {name: [] for name in ("groups", "against", "pairs", "aggregate", "published", "elsewhere")}, {}
-    rng = np.random.default_rng(0)
     for task, table in tasks.items():
-        ends[task] = group_rows(task, table, runs[task], baseline, tables, rng, args.without_noise)
+        ends[task] = group_rows(task, table, runs[task], baseline, tables, args.without_noise)
         tables["pairs"] += seed_rows(ends[task]) if "ratio_max" in table else []
     looks = looks_of({x: methods[y] for x, y in zip(by_setting(summary)["group"], summary["group"])}, references)
     points = pd.concat(tasks.values())
+    scores, compared = normalise(ends, looks)
+    picture, axes = draw_all(points, summary, looks, more=2 * bool(scores))
+    if scores:
+        tables["aggregate"] += aggregate(axes, scores, compared, baseline, looks)
     files = {
-        "curves.png": draw_all(points, summary, looks, rng),
+        "curves.png": save(picture),
         "curves.csv": to_csv(curves, 6),
         "summary.csv": to_csv(summary, 8),
     }
     if "hours" in points:  # at equal steps: paces differ
         timed = points[points["step"] <= points["end"]].dropna(subset="hours")
-        files["hours.png"] = draw_all(timed, summary, looks, rng, "hours")
-    files |= aggregate(ends, baseline, tables, looks)
+        files["hours.png"] = save(draw_all(timed, summary, looks, "hours")[0])
     if settings:
         files["settings.json"] = (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
     commits = summary["commit"].replace("", "unknown").value_counts()
