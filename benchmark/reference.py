@@ -3,7 +3,7 @@
     pip install -r benchmark/requirements.txt
     python benchmark/reference.py --algo trpo --env-id Hopper-v4 --seed 1 --total-timesteps 1000000
 
-sb3-contrib (TRPO) and Stable-Baselines3 train, this script writes the folder that run.py and report.py read.
+SBX (SAC), sb3-contrib (TRPO) and Stable-Baselines3 train. The folder is one that run.py and report.py read.
 A checkpoint is a pickle file, which can run code: resume only your own.
 """
 
@@ -30,6 +30,7 @@ from pydantic.dataclasses import dataclass
 
 try:
     import sb3_contrib
+    import sbx
     import stable_baselines3 as sb3
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
@@ -64,7 +65,7 @@ def make_envs(args, *_):
     if (task := "Atari" if "NoFrameskip" in name else name) not in known:
         raise BadInput(f"RL-Zoo has no settings of {args.algo} for {args.env_id}, only for {', '.join(known)}")
     if sb3 is None:
-        raise BadInput("it needs stable-baselines3 and sb3-contrib: see benchmark/requirements.txt")
+        raise BadInput("something of benchmark/requirements.txt is missing")
     settings = common | known[task]
     gym.logger.min_level = gym.logger.ERROR  # old task versions are asked for on purpose
     try:
@@ -73,7 +74,7 @@ def make_envs(args, *_):
         import ale_py  # noqa: F401 (registers the games)
 
         return VecFrameStack(make_atari_env(name), 4), settings
-    except Exception as error:  # whatever Gymnasium, or what it imports, raises
+    except Exception as error:  # raises many kinds
         raise BadInput(f"cannot make {args.env_id}: {error}") from None
 
 
@@ -83,7 +84,8 @@ def make_model(args, saved):
     if settings.pop("normalize", False):
         envs = VecNormalize(envs, gamma=settings.get("gamma", 0.99))
         envs.obs_rms, envs.ret_rms = saved.get("normalizer", (envs.obs_rms, envs.ret_rms))
-    algorithm = getattr(sb3_contrib if args.algo == "trpo" else sb3, args.algo.upper())
+    library = {"trpo": sb3_contrib, "sac": sbx}.get(args.algo, sb3)
+    algorithm = getattr(library, args.algo.upper())
     if saved:
         model = algorithm.load(io.BytesIO(saved["model"]), envs, device="cpu")
         if buffer := saved["replay_buffer"]:
@@ -177,7 +179,7 @@ def make_dir(args):
     git = "git --no-optional-locks describe --always --dirty --abbrev=40"
     asked = subprocess.run(git, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     about = {"script": Path(__file__).stem, "commit": asked.stdout.strip(), "args": vars(args)}
-    about["versions"] = {x.__name__: x.__version__ for x in (torch, gym, np, sb3, sb3_contrib)}
+    about["versions"] = {x.__name__: x.__version__ for x in (torch, gym, np, sb3, sb3_contrib, sbx)}
     folder.mkdir(parents=True)
     for name, text in (HEADERS | {"args.json": json.dumps(about, indent=2)}).items():
         (folder / name).write_text(text)
