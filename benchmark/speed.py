@@ -1,6 +1,6 @@
 """Training speed of the scripts beside their peers, measured in turn on the same cores.
 
-    pip install -r benchmark/requirements.txt
+    pip install -r requirements-dev.txt -r benchmark/requirements.txt
     python benchmark/speed.py --pair continuous
 
 All programs of a pair (see speed.toml) run round by round, pinned to the same cores. A figure is steps (llm: completion
