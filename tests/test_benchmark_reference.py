@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import signal
 import sys
 import tomllib
@@ -60,6 +61,27 @@ def test_a_step_counts_all_simulators_and_returns_are_the_simulators_own(tmp_pat
     about, tables = report.read_run(folder)
     assert (about["script"], about["args"]["algo"]) == ("reference", "trpo") and len(tables["episodes"]) == 2
     assert {path.name for path in folder.iterdir()} == {"agent.pt", "args.json", "episodes.csv", "metrics.csv"}
+
+
+@NEEDS_SB3
+def test_the_pages_piece_plays_agents_without_noise(tmp_path, monkeypatch, capsys):
+    """TRPO on Swimmer-v4, whose episodes all have 1000 steps, with its normaliser as training left it."""
+    suite = tmp_path / "runs" / "reference_mujoco" / "trpo__Swimmer-v4__1"
+    folder = reference.train(
+        reference.Args(algo="trpo", env_id="Swimmer-v4", total_timesteps=2048, output_dir=str(suite))
+    )
+    made, make_model = [], reference.make_model
+    monkeypatch.setattr(reference, "make_model", lambda *args: made.append(make_model(*args)) or made[0])
+    monkeypatch.chdir(tmp_path)
+    (piece,) = re.findall("```python\n(.*?)```", (ROOT / "docs" / "reference.md").read_text(), re.S)
+    exec(piece, {})
+    counts = [model.get_vec_normalize_env().obs_rms.count for model in made]
+    assert counts == [pytest.approx(2048, abs=10)]
+    summary = report.summarise(*report.read_run(folder))
+    printed = re.search(r"trpo Swimmer-v4 1 (-?\d+) ", capsys.readouterr().out)
+    assert summary["without_noise"] == pytest.approx(float(printed[1]), abs=0.5)
+    trained = pd.read_csv(folder / "episodes.csv")["return"].mean()
+    assert summary["without_noise"] != pytest.approx(trained, abs=1e-3)
 
 
 @NEEDS_SB3
