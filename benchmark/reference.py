@@ -3,7 +3,7 @@
     pip install -r benchmark/requirements.txt
     python benchmark/reference.py --algo trpo --env-id Hopper-v4 --seed 1 --total-timesteps 1000000
 
-SBX (SAC), sb3-contrib (TRPO) and Stable-Baselines3 train. The folder is one that run.py and report.py read.
+SBX (SAC), sb3-contrib (TRPO) and Stable-Baselines3 train. Their runs are folders for run.py and report.py.
 A checkpoint is a pickle file, which can run code: resume only your own.
 """
 
@@ -65,7 +65,7 @@ def make_envs(args, *_):
     if (task := "Atari" if "NoFrameskip" in name else name) not in known:
         raise BadInput(f"RL-Zoo has no settings of {args.algo} for {args.env_id}, only for {', '.join(known)}")
     if sb3 is None:
-        raise BadInput("something of benchmark/requirements.txt is missing")
+        raise BadInput("first: pip install -r benchmark/requirements.txt")
     settings = common | known[task]
     gym.logger.min_level = gym.logger.ERROR  # old task versions are asked for on purpose
     try:
@@ -74,7 +74,7 @@ def make_envs(args, *_):
         import ale_py  # noqa: F401 (registers the games)
 
         return VecFrameStack(make_atari_env(name), 4), settings
-    except Exception as error:  # raises many kinds
+    except Exception as error:  # Gymnasium raises many
         raise BadInput(f"cannot make {args.env_id}: {error}") from None
 
 

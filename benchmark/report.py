@@ -34,7 +34,7 @@ from run import HARMLESS, RUNNERS
 from scipy.stats import DegenerateDataWarning, bootstrap, ttest_1samp
 
 WINDOW = 100  # episodes
-DRAWS = 2000  # of rliable
+DRAWS = 2000  # of rliable's bootstrap
 MANY = 4  # groups of a task besides references, above which curves could not be told apart
 FEW = 5  # runs of a group, up to which each is drawn in place of an interval
 KEYS = ["task", "group", "seed"]  # of a run

@@ -17,7 +17,7 @@ import reference  # noqa: E402
 import report  # noqa: E402
 
 SETTINGS = tomllib.loads((ROOT / "benchmark" / "reference_settings.toml").read_text())
-NEEDS_SB3 = pytest.mark.skipif(reference.sb3 is None, reason="something of benchmark/requirements.txt is missing")
+NEEDS_SB3 = pytest.mark.skipif(reference.sb3 is None, reason="pip install -r benchmark/requirements.txt")
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +138,6 @@ def test_bad_input_is_one_message_and_creates_nothing(tmp_path, monkeypatch):
         with pytest.raises(reference.BadInput, match=message):
             reference.train(args)
     monkeypatch.setattr(reference, "sb3", None)
-    with pytest.raises(reference.BadInput, match="something of benchmark/requirements.txt"):
+    with pytest.raises(reference.BadInput, match="pip install -r benchmark/requirements.txt"):
         reference.train(reference.Args(output_dir=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
